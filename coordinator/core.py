@@ -1,0 +1,402 @@
+"""One round: all ranks' frames in, one reply and what was logged out.
+
+Pure: no clock, thread, file or environment; the same frames give the same bytes. It owns the job's only
+`FrequencyManager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from logsync.coordinator.errors import (
+    AgreedError,
+    BadType,
+    BadValue,
+    ConfigMismatch,
+    CoordinatorFailed,
+    FrameTooLarge,
+    LogsyncError,
+    RoundMismatch,
+    StateMismatch,
+    Step,
+    agreed_error,
+)
+from logsync.coordinator.frequency import FrequencyManager, log_ready
+from logsync.coordinator.lease import Cadence, due_step
+from logsync.coordinator.messages import (
+    MAX_FRAME,
+    PROTOCOL,
+    Decision,
+    Event,
+    Failure,
+    LogEntry,
+    Report,
+    Rhythm,
+    Settings,
+    State,
+    Window,
+    decode_state,
+    encode,
+    failure_of,
+)
+from logsync.coordinator.reduction import Partials
+from logsync.coordinator.rounds import check_hellos, read_hellos, read_reports
+
+__all__ = ["Coordinator"]
+
+_PATIENCE = 100
+"""Rounds that wait for a model update in mode on_update before a notice says so."""
+
+
+_STANDING = ("next_seq", "run_dir", "attempt", "restores", "_entry_call", "_missed", "_unanswered")
+_Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...]]
+
+
+class Coordinator:
+    """The root's side of one log: decides, merges, and remembers where the job stands.
+
+    Args:
+        settings: rank 0's; the others' are compared with them in the first round.
+        world_size: how many frames a round has.
+        run: what tells this log's frames from those of another run.
+        run_dir: where the files of the log go.
+        keep_run_dir: the user chose `run_dir`, so a state that is loaded does not change it.
+        attempt: which start of the job this is.
+
+    Attributes:
+        frequency_manager: the one authority on when a log is due.
+        run_dir, attempt, next_seq: as in `State`; a load changes them.
+        restores: how often a state was loaded.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        world_size: int,
+        *,
+        run: str,
+        run_dir: str,
+        keep_run_dir: bool = False,
+        attempt: int = 0,
+    ) -> None:
+        self.frequency_manager = FrequencyManager(settings.log_frequency, settings.mode, settings.frequency_type)
+        self.run_dir = run_dir
+        self.attempt = attempt
+        self.next_seq = 0
+        self.restores = 0
+        self._settings = settings
+        self._world_size = world_size
+        self._run = run
+        self._keep_run_dir = keep_run_dir
+        self._round = 0
+        self._cadence = Cadence()
+        self._counting = 0
+        self._steps: dict[int, int] = {}  # every rank's step at the last decision, where ranks' steps are compared
+        self._entry_call = 0  # the call up to which everything is in an entry
+        self._missed = False
+        self._unanswered = 0  # rounds in a row that only waited for an update
+
+    def handle(
+        self, frames: Sequence[bytes | bytearray | memoryview], now: float = 0.0
+    ) -> tuple[bytes, tuple[LogEntry, ...]]:
+        """Decide one round.
+
+        Args:
+            frames: one per rank, by rank.
+            now: Unix seconds, for the entry.
+
+        Returns:
+            The reply, and the entries that were logged. It never raises: what goes wrong travels on the
+            reply, and then nothing has
+            changed.
+        """
+        number = self._round
+        self._round += 1
+        moment = self._moment()
+        finished = False
+        try:
+            if number == 0:
+                check_hellos(read_hellos(frames), self._world_size)
+                decision = self._decision(number)
+            else:
+                reports = read_reports(frames, self._run, number, self._world_size)
+                finished = all(r.kind == "closed" for r in reports)
+                decision = self._decide(number, reports, now)
+            reply = _encoded(decision)
+        except (AgreedError, ConfigMismatch) as error:
+            return self._rejected(moment, number, error, finished=finished), ()
+        except Exception as error:  # noqa: BLE001 - a failing root must reach every rank, or they wait for ever
+            text = f"the coordinator failed in round {number}: {type(error).__name__}: {error}"
+            return self._rejected(moment, number, CoordinatorFailed(text), finished=finished), ()
+        return reply, () if decision.entry is None else (decision.entry,)
+
+    def _rejected(self, moment: _Moment, number: int, error: LogsyncError, *, finished: bool) -> bytes:
+        self._return_to(moment)
+        return encode(self._decision(number, failure=failure_of(error), finished=finished))
+
+    def _decide(self, number: int, reports: list[Report], now: float) -> Decision:
+        active = [r for r in reports if r.kind != "closed"] or reports
+        counting = active[0]
+        kind = counting.kind
+        _check_faults(reports)
+        self._restore(active, counting)
+        self._check_steps(active, counting)
+
+        notices: list[str] = []
+        self._cadence.observe(counting.rhythm)
+        self._fold(reports, counting.rhythm, notices)
+
+        manager = self.frequency_manager
+        ready = kind == "decision" and manager.log_ready(counting.step, counting.check_model_update)
+        self._count_waiting(counting, notices, ready=ready)
+        writes = kind == "write" or (ready and self._settings.write == "auto")
+        entry = None
+        if writes or kind == "closed":
+            partials = Partials()
+            partials.add_windows((r.rank, r.window) for r in reports)
+            if writes or partials:
+                # What is left at the end may follow a write() at a later step: an entry's step never goes back.
+                last = manager.last_log_step if kind == "closed" else None
+                step = counting.step if last is None or counting.step is None else max(counting.step, last)
+                entry = self._entry(partials, step, counting.call, now)
+        if kind == "closed":
+            return self._decision(number, entry=entry, finished=True, notices=notices)
+        lease = 0
+        if writes or not ready:
+            steps = [r.step for r in active if r.step is not None] if kind == "decision" else [counting.rhythm.current]
+            least = min((s for s in steps if s is not None), default=None)
+            lease = self._cadence.lease(counting.rhythm.current, due_step(manager, least), self._settings.max_lease)
+        return self._decision(number, ready=ready, lease=lease, entry=entry, notices=notices)
+
+    def _decision(
+        self,
+        number: int,
+        *,
+        ready: bool = False,
+        lease: int = 0,
+        entry: LogEntry | None = None,
+        failure: Failure | None = None,
+        finished: bool = False,
+        notices: Sequence[str] = (),
+    ) -> Decision:
+        manager = self.frequency_manager
+        state = State(
+            manager.log_frequency,
+            self._settings.log_frequency,
+            manager.frequency_type,
+            manager.last_log_step,
+            manager.last_model_update_step,
+            manager.updated_since_log,
+            self.next_seq,
+            self.run_dir,
+            self.attempt,
+        )
+        return Decision(PROTOCOL, self._run, number, ready, lease, state, entry, failure, finished, tuple(notices[:64]))
+
+    def leftover(self, rank: int, window: Window, step: Step, call: int, now: float) -> LogEntry | None:
+        """Make a last, partial entry of one rank's window, when the others cannot be asked any more.
+
+        Returns None if the window is empty.
+        """
+        partials = Partials()
+        partials.add_windows([(rank, window)])
+        if not partials:
+            return None
+        self._missed = True
+        return self._entry(partials, step, call, now)
+
+    def _entry(self, partials: Partials, step: Step, call: int, now: float) -> LogEntry:
+        """Reduce what was recorded up to `call` to an entry and mark it written at `step`."""
+        merged = partials.reduce(self._world_size)
+        entry = LogEntry(
+            seq=self.next_seq,
+            step=step,
+            time=now,
+            attempt=self.attempt,
+            calls=max(0, call - self._entry_call),
+            world_size=self._world_size,
+            metrics=merged.metrics,
+            ranks=merged.ranks,
+            nan_ranks=merged.nan_ranks,
+            partial=self._missed,
+        )
+        self.frequency_manager.log_written(step)
+        self.next_seq += 1
+        self._entry_call = call
+        self._missed = False
+        return entry
+
+    def _check_steps(self, active: list[Report], counting: Report) -> None:
+        """Compare how ranks' steps lie to each other with how they lay at the last decision.
+
+        Call numbers cannot show a skipped call, since each rank counts its own. A new distance is reported once and
+        is the norm from then on, so that a rank which has caught up is not refused for ever.
+        """
+        if counting.rank != self._counting:
+            self._counting = counting.rank
+            self._cadence.clear()
+            self._steps.clear()
+        if counting.kind != "decision" or self.frequency_manager.is_epoch_frequency_manager:
+            return
+        before = self._steps
+        self._steps = now = {r.rank: r.step for r in active if isinstance(r.step, int)}
+        if counting.rank not in before or counting.rank not in now:
+            return
+        ours_then, ours = before[counting.rank], now[counting.rank]
+        moved = [r for r, s in now.items() if r in before and s - ours != before[r] - ours_then]
+        if moved:
+            raise _mismatch(moved, before, now, active)
+
+    def _fold(self, reports: list[Report], rhythm: Rhythm, notices: list[str]) -> None:
+        """Bring the frequency manager up to date: settings, then everything that ranks reported, in order of calls."""
+        self._fold_settings(reports, notices)
+        manager = self.frequency_manager
+        timeline: list[tuple[int, int, int, Event | None]] = []
+        marked: dict[int, int] = {}  # by call, the lowest rank that marked a log as written
+        for report in reports:
+            for index, event in enumerate(report.events):
+                if event.kind == "frequency" or (
+                    event.kind == "written" and marked.setdefault(event.call, report.rank) != report.rank
+                ):
+                    continue
+                # A reset beats updates of earlier calls; any rank's update beats a reset of its own call.
+                reset = event.kind == "update" and event.value is None
+                timeline.append((event.call, -1 if reset else report.rank, index, event))
+        if rhythm.least is not None:
+            timeline.append((rhythm.least_call, self._world_size, 0, None))
+        for _, _, _, happened in sorted(timeline, key=lambda item: item[:3]):
+            if happened is None:
+                self._roll_back(rhythm.least, notices)
+            elif happened.kind == "written":
+                manager.log_written(happened.value)
+            else:
+                step, last = happened.value, manager.last_model_update_step
+                manager.model_updated(step if step is None or last is None else max(step, last))
+
+    def _fold_settings(self, reports: list[Report], notices: list[str]) -> None:
+        said = [(e.call, r.rank, e.value) for r in reports for e in r.events if e.kind == "frequency"]
+        if not said:
+            return
+        newest = max(call for call, _, _ in said)
+        choices = [(rank, value) for call, rank, value in said if call == newest]
+        rank, chosen = choices[0]
+        self.frequency_manager.log_frequency = chosen
+        others = [(r, v) for r, v in choices if v != chosen]
+        if others:
+            notices.append(
+                f"log_frequency was set to {chosen} on rank {rank} and to {others[0][1]} on rank {others[0][0]} "
+                f"at call {newest}; {chosen} is taken, the lowest rank's"
+            )
+
+    def _roll_back(self, least: Step, notices: list[str]) -> None:
+        manager = self.frequency_manager
+        last = manager.last_log_step
+        if last is None or least is None or least >= last:
+            return
+        manager.log_written(least)
+        manager.model_updated(None)
+        self._cadence.clear()
+        notices.append(
+            f"the step went back to {least}, behind the last log at step {last}: counting starts again from {least}. "
+            "If the run was resumed from a checkpoint, load_state_dict() keeps the cadence and the log file in order"
+        )
+
+    def _count_waiting(self, counting: Report, notices: list[str], *, ready: bool) -> None:
+        """Say once when rounds are made at every call only because no update comes."""
+        manager = self.frequency_manager
+        waiting = (
+            not ready
+            and counting.kind == "decision"
+            and manager.mode == "on_update"
+            and log_ready(counting.step, manager.last_log_step, manager.log_frequency)
+        )
+        self._unanswered = self._unanswered + 1 if waiting else 0
+        if self._unanswered == _PATIENCE:
+            notices.append(
+                f"a log has been due for {_PATIENCE} calls (last log at step {manager.last_log_step}), but mode "
+                "'on_update' waits for model_updated(), which no rank has called since; until then every call "
+                "communicates"
+            )
+
+    def _restore(self, active: list[Report], counting: Report) -> None:
+        """Take over the state that ranks have loaded since the last round."""
+        if not any(r.restore for r in active):
+            return
+        ours = counting.restore
+        others = tuple(r.rank for r in active if r.restore != ours)
+        if others:
+            lacking = [r.rank for r in active if not r.restore]
+            what = f"ranks {lacking[:16]} loaded none" if lacking else f"ranks {list(others[:16])} loaded another one"
+            msg = (
+                f"load_state_dict() must be called with the same state on every rank, but {what} "
+                f"(compared with rank {counting.rank})"
+            )
+            raise StateMismatch(msg, ranks=tuple(lacking) or others)
+        state = decode_state(ours)
+        manager = self.frequency_manager
+        if state.frequency_type != manager.frequency_type:
+            msg = f"the state counts in {state.frequency_type}, this log in {manager.frequency_type}"
+            raise StateMismatch(msg)
+        if state.configured == self._settings.log_frequency:
+            manager.log_frequency = state.log_frequency  # else the user asks for a new one, which wins
+        manager.last_log_step = state.last_log_step
+        manager.last_model_update_step = state.last_model_update_step
+        manager.updated_since_log = state.updated_since_log
+        self.next_seq = state.next_seq
+        if not self._keep_run_dir:
+            self.run_dir = state.run_dir
+        self.attempt = max(self.attempt, state.attempt + 1)
+        self.restores += 1
+        self._missed = state.missed > 0
+        self._entry_call = counting.call - (counting.kind == "decision")
+        self._cadence.clear()
+        self._steps.clear()
+
+    def _moment(self) -> _Moment:
+        """Return everything that a failed round must leave as it was."""
+        return (
+            {name: getattr(self, name) for name in _STANDING},
+            dict(vars(self.frequency_manager)),
+            self._cadence.snapshot(),
+        )
+
+    def _return_to(self, moment: _Moment) -> None:
+        standing, manager, rhythms = moment
+        vars(self).update(standing)
+        vars(self.frequency_manager).update(manager)
+        self._cadence.restore(rhythms)
+
+
+def _encoded(decision: Decision) -> bytes:
+    reply = encode(decision)
+    if len(reply) > MAX_FRAME:
+        msg = f"the reply has {len(reply)} bytes, {MAX_FRAME} are the most; record fewer metrics per log"
+        raise FrameTooLarge(msg, round=decision.round)
+    return reply
+
+
+def _check_faults(reports: list[Report]) -> None:
+    """Raise on all ranks what one rank's step was refused for."""
+    for report in reports:
+        if report.fault is not None:
+            fault = report.fault
+            error = agreed_error(fault.kind)
+            msg = f"rank {report.rank}, call {fault.call}: {fault.text}"
+            raise (error if error in (BadType, BadValue) else BadValue)(msg, ranks=(report.rank,), call=fault.call)
+
+
+def _mismatch(moved: list[int], then: dict[int, int], now: dict[int, int], reports: list[Report]) -> RoundMismatch:
+    """Word the error for ranks whose distance to the counting rank, the first of `reports`, has changed."""
+    rank, counting = moved[0], reports[0].rank
+    ahead_then = then[rank] - then[counting]
+    where = "equal" if ahead_then == 0 else f"{abs(ahead_then)} steps apart"
+    more = f" (and {len(moved) - 1} more ranks)" if len(moved) > 1 else ""
+    msg = (
+        f"rank {rank}{more} is at step {now[rank]} while rank {counting} is at step {now[counting]}; at the last round "
+        f"(rank {counting} at step {then[counting]}) the two were {where}. One of them called log_ready() more often "
+        "than the other, or counts its steps differently. Every rank must call it equally often -- look for a call "
+        "under `if rank == ...`, or a loader that ended early on one rank"
+    )
+    call = next(r.call for r in reports if r.rank == rank)
+    return RoundMismatch(msg, ranks=tuple(moved), call=call, step=now[rank])

@@ -1,0 +1,148 @@
+"""Runs a Coordinator with its sinks: the only place that acts on what the core returned."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from logsync.coordinator.core import Coordinator
+from logsync.coordinator.errors import Step
+from logsync.coordinator.messages import LogEntry, Window
+from logsync.coordinator.sinks.base import RunInfo, SinkSet
+
+__all__ = ["Host", "reserve_run_dir"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Host:
+    """The coordinator as a transport sees it: `handle` takes a round's frames and returns the reply.
+
+    An entry is held until `release`, so that `annotate` can still add to it.
+
+    Args:
+        coordinator: decides.
+        sinks: where entries go.
+        name: the log's name.
+        world_size: ranks in the job.
+        reserved: the folder that was made for this run, removed again if nothing was put into it.
+        clock: gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        sinks: SinkSet,
+        *,
+        name: str,
+        world_size: int,
+        reserved: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.coordinator = coordinator
+        self._sinks = sinks
+        self._name = name
+        self._world_size = world_size
+        self._reserved = reserved
+        self._clock = clock
+        self._held: list[LogEntry] = []
+        self._restores = 0
+        self._closed = False
+        sinks.prepare(self._run_info())
+
+    @property
+    def holds_entry(self) -> bool:
+        """Whether there is an entry that the sinks have not got yet."""
+        return bool(self._held)
+
+    def handle(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
+        """Decide one round and return the reply; what it logged is held for `annotate` and `release`. Never raises."""
+        reply, entries = self.coordinator.handle(frames, self._clock())
+        if self.coordinator.restores != self._restores:
+            self._restores = self.coordinator.restores
+            self._sinks.prepare(self._run_info())
+        self._held.extend(entries)
+        return reply
+
+    def annotate(self, values: Mapping[str, float]) -> None:
+        """Add root-side values to the entry just made; without one, say so and drop them.
+
+        Raises:
+            ValueError: the entry has a metric of that name already.
+        """
+        if not self._held:
+            _logger.warning(
+                "annotate(%s) came when no entry was open, and was dropped; call it right after log_ready() returned "
+                "True or after write()",
+                ", ".join(values),
+            )
+            return
+        entry = self._held[-1]
+        taken = [name for name in values if name in entry.metrics]
+        if taken:
+            msg = f"annotate() would overwrite the merged metric {taken[0]!r} of entry {entry.seq}; use another name"
+            raise ValueError(msg)
+        self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
+
+    def release(self) -> None:
+        """Hand what is held to the sinks."""
+        held, self._held = self._held, []
+        for entry in held:
+            self._sinks.write(entry)
+
+    def leave(self, rank: int, window: Window, step: Step, call: int) -> None:
+        """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more."""
+        self.release()
+        entry = self.coordinator.leftover(rank, window, step, call, self._clock())
+        if entry is not None:
+            self._sinks.write(entry)
+
+    def close(self) -> None:
+        """Hand over what is held and flush the sinks; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.release()
+        self._sinks.close()
+        if self._reserved is not None:
+            with contextlib.suppress(OSError):  # not empty: then it is in use
+                self._reserved.rmdir()
+
+    def _run_info(self) -> RunInfo:
+        coordinator = self.coordinator
+        return RunInfo(
+            run_dir=Path(coordinator.run_dir),
+            name=self._name,
+            attempt=coordinator.attempt,
+            world_size=self._world_size,
+            next_seq=coordinator.next_seq,
+            resumed=coordinator.restores > 0,
+        )
+
+
+def reserve_run_dir(name: str, root: str = "runs") -> tuple[str, Path | None]:
+    """Choose `root/<start time>-<name>`, made at once so that no other run can take it.
+
+    Returns:
+        The folder's absolute path, and the same as a Path if it could be made. Where it could not (a read-only
+        disk, say) training goes on; the sinks that need the folder will report it.
+    """
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for attempt in range(1, 1000):
+        path = Path(root, stem if attempt == 1 else f"{stem}-{attempt}").absolute()
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            _logger.warning("cannot make the folder %s for the log's files: %s", path, error)
+            return str(path), None
+        return str(path), path
+    path = Path(root, f"{stem}-{os.getpid()}").absolute()
+    return str(path), None

@@ -1,0 +1,187 @@
+"""What everybody's values add up to.
+
+Ranks send partials: a weighted sum and its weight, never a mean. Partials merge by standing side by side, which is
+associative, has an identity, and loses nothing; they are reduced once, at the root. Sums over ranks are correctly
+rounded (`math.fsum`), so the result does not depend on the order in which frames came or were merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+from logsync.coordinator.errors import ReductionMismatch
+from logsync.coordinator.messages import KeySpec, Window, unpack_schema, unpack_values
+
+__all__ = ["Merged", "Partials"]
+
+_NAMED_RANKS = 16
+
+
+class Merged(NamedTuple):
+    """Reduced metrics; the fields are those of `LogEntry` of the same names."""
+
+    metrics: dict[str, float]
+    ranks: dict[str, int]
+    nan_ranks: dict[str, tuple[int, ...]]
+
+
+class _Column:
+    """All ranks' partials of one key."""
+
+    __slots__ = ("ranks", "spec", "values", "weights")
+
+    def __init__(self, spec: KeySpec) -> None:
+        self.spec = spec
+        self.ranks: list[int] = []
+        self.values: list[float] = []
+        self.weights: list[float] = []
+
+
+class Partials:
+    """Some ranks' windows, not reduced yet."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, _Column] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._columns)
+
+    def add_windows(self, windows: Iterable[tuple[int, Window]]) -> None:
+        """Take in ranks' windows, as (rank, window).
+
+        Raises:
+            ProtocolError: a window's bytes are not one.
+            ReductionMismatch: two ranks reduce one key differently.
+        """
+        alike: dict[bytes, tuple[list[int], list[bytes]]] = {}
+        for rank, window in windows:
+            if window.schema or window.values:
+                ranks, rows = alike.setdefault(window.schema, ([], []))
+                ranks.append(rank)
+                rows.append(window.values)
+        for schema, (ranks, rows) in alike.items():
+            keys = unpack_schema(schema, ranks[0])
+            width = len(keys)
+            # Column by column, so that thousands of ranks are folded by C loops.
+            flat = list(zip(*map(unpack_values, rows, repeat(width), ranks), strict=True))
+            for index, spec in enumerate(keys):
+                self._extend(spec, ranks, flat[2 * index], flat[2 * index + 1])
+
+    def merge(self, other: Partials) -> None:
+        """Take in everything that `other` holds."""
+        for column in other._columns.values():
+            self._extend(column.spec, column.ranks, column.values, column.weights)
+
+    def reduce(self, world_size: int) -> Merged:
+        """Reduce every key once."""
+        merged = Merged({}, {}, {})
+        for name, column in self._columns.items():
+            _reduce_column(name, column, world_size, merged)
+        return merged
+
+    def _extend(self, spec: KeySpec, ranks: list[int], values: Sequence[float], weights: Sequence[float]) -> None:
+        column = self._columns.get(spec.name)
+        if column is None:
+            column = self._columns[spec.name] = _Column(spec)
+        elif column.spec != spec:
+            first, second = sorted([(min(column.ranks), column.spec), (min(ranks), spec)], key=lambda pair: pair[0])
+            msg = (
+                f"metric {spec.name!r} is recorded with {_options(first[1])} on rank {first[0]} and with "
+                f"{_options(second[1])} on rank {second[0]}; give it one reduction, or two names"
+            )
+            raise ReductionMismatch(msg, ranks=(first[0], second[0]))
+        column.ranks.extend(ranks)
+        column.values.extend(values)
+        column.weights.extend(weights)
+
+
+def _options(spec: KeySpec) -> str:
+    flags = "".join(f", {flag}=True" for flag in ("spread", "per_rank") if getattr(spec, flag))
+    return f"reduce={spec.reduce!r}, across={spec.across!r}{flags}"
+
+
+def _reduce_column(name: str, column: _Column, world_size: int, merged: Merged) -> None:
+    spec, ranks = column.spec, column.ranks
+    weighted = spec.reduce == "mean" and spec.across == "mean"
+    if weighted:
+        value = _ratio(_sum(column.values), _sum(column.weights))
+        if math.isfinite(value) and not (spec.spread or spec.per_rank):  # the usual case needs no rank's own value
+            merged.metrics[name] = value
+            if len(ranks) < world_size:
+                merged.ranks[name] = len(ranks)
+            return
+    folded = _folded(column)
+    # A rank whose weights add up to 0 has no value of its own.
+    holders = [(r, v) for r, v, w in zip(ranks, folded, column.weights, strict=True) if w != 0]
+    if not weighted:
+        value = _across(spec.across, holders)
+    merged.metrics[name] = value
+    if len(ranks) < world_size:
+        merged.ranks[name] = len(ranks)
+    if not math.isfinite(value):
+        merged.nan_ranks[name] = _lowest(r for r, v in zip(ranks, folded, strict=True) if not math.isfinite(v))
+    if spec.spread and holders:
+        _add_spread(name, holders, merged)
+    if spec.per_rank:
+        for rank, own in sorted(holders):
+            merged.metrics[f"{name}/rank{rank}"] = own
+
+
+def _folded(column: _Column) -> list[float]:
+    """Return each rank's own value."""
+    if column.spec.reduce != "mean":
+        return column.values
+    return [_ratio(v, w) for v, w in zip(column.values, column.weights, strict=True)]
+
+
+def _across(across: str, holders: list[tuple[int, float]]) -> float:
+    """Fold ranks' values into one; NaN wins over everything but "last"."""
+    if not holders:
+        return math.nan
+    if across == "last":
+        return min(holders)[1]
+    values = [v for _, v in holders]
+    if across == "sum":
+        return _sum(values)
+    if across == "mean":
+        return _sum(values) / len(values)
+    if any(map(math.isnan, values)):
+        return math.nan
+    return min(values) if across == "min" else max(values)
+
+
+def _add_spread(name: str, holders: list[tuple[int, float]], merged: Merged) -> None:
+    values = [v for _, v in holders]
+    nans = _lowest(r for r, v in holders if math.isnan(v))
+    if nans:
+        low = high = deviation = math.nan
+        extreme = nans[0]
+    else:
+        low, high = min(values), max(values)
+        mean = _sum(values) / len(values)
+        squares = _sum([(v - mean) * (v - mean) for v in values])
+        deviation = math.sqrt(squares / len(values)) if math.isfinite(squares) else math.nan
+        extreme = min(r for r, v in holders if v == high)
+    for suffix, value in (("min", low), ("max", high), ("std", deviation), ("argmax_rank", float(extreme))):
+        merged.metrics[f"{name}/{suffix}"] = value
+        if not math.isfinite(value):
+            merged.nan_ranks[f"{name}/{suffix}"] = nans or _lowest(r for r, v in holders if not math.isfinite(v))
+
+
+def _ratio(value: float, weight: float) -> float:
+    return value / weight if weight else math.nan
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Add up, rounding once; infinities and overflow come out as IEEE arithmetic has them."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
+
+
+def _lowest(ranks: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(ranks)[:_NAMED_RANKS])

@@ -1,0 +1,144 @@
+"""Entries on standard output: a table on a terminal, one plain line each in a pipe or a file."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from logsync.coordinator.errors import Step, printable
+from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.sinks.base import RunInfo
+
+__all__ = ["ConsoleSink"]
+
+_ROWS_PER_HEADER = 40
+_NARROWEST = 8
+_GAP = 2
+_RANKS_NAMED = 8
+_WHOLE = 1e12  # integers up to here are written out
+_LARGE, _HUGE = 1e3, 1e9  # between them four digits would need an exponent, so all before the point are shown
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+class ConsoleSink:
+    """Print each entry to what `sys.stdout` is when the sink opens.
+
+    On a terminal, entries are rows under a header, which comes again when a metric joins, a column needs more room,
+    or 40 rows have passed (then it forgets metrics that stayed away). An entry that is too wide for the terminal is
+    printed as a line. In a pipe or a file every entry is one line without colours:
+    `logsync train step=50 seq=1 train/loss=0.1234`.
+
+    Values have four significant digits: this is for reading. The exact numbers are in `metrics.jsonl`.
+    """
+
+    def __init__(self) -> None:
+        self._console: Console | None = None
+        self._name = ""
+        self._widths: dict[str, int] = {}
+        self._seen: set[str] = set()
+        self._rows = 0
+
+    def open(self, run: RunInfo) -> None:
+        """Look up standard output and begin a new table."""
+        # Not rich's own guess: FORCE_COLOR or a notebook would put escapes and tables into files.
+        is_terminal = getattr(sys.stdout, "isatty", bool)()  # a home-made tee often has only write and flush
+        self._console = Console(file=sys.stdout, force_terminal=is_terminal, force_jupyter=False)
+        self._name = printable(run.name)
+        self._widths = {}
+        self._seen = set()
+        self._rows = 0
+
+    def write(self, entry: LogEntry) -> None:
+        """Print one entry."""
+        if self._console is None:
+            msg = "write() on a ConsoleSink that is not open"
+            raise ValueError(msg)
+        values = {printable(key): _number(value) for key, value in entry.metrics.items()}
+        cells = {"step": f"{self._name} {_step(entry.step):>6}", **values}
+        widths = self._fitting(cells, self._console.width) if self._console.is_terminal else None
+        if widths is None:
+            _print(self._console, self._as_line(entry, values))
+            return
+        if widths != self._widths or self._rows >= _ROWS_PER_HEADER:
+            _print(self._console, _row({key: key for key in widths}, widths, "bold"))
+            self._widths, self._seen, self._rows = widths, set(), 0
+        _print(self._console, _row(cells, widths))
+        self._seen.update(cells)
+        self._rows += 1
+        note = _note(entry)
+        if note:
+            _print(self._console, Text(f"  ^ {note}", "yellow"))
+
+    def close(self) -> None:
+        """Flush; standard output stays open."""
+        if self._console is not None:
+            self._console.file.flush()
+            self._console = None
+
+    def _fitting(self, cells: dict[str, str], room: int) -> dict[str, int] | None:
+        """Return columns for `cells`: with those of the table so far, else alone, else None."""
+        present = self._widths if self._rows < _ROWS_PER_HEADER else self._seen
+        so_far = {key: width for key, width in self._widths.items() if key in present}
+        for start in (so_far, {}):
+            widths = {
+                key: max(start.get(key, _NARROWEST), cell_len(key), cell_len(cells.get(key, "-")))
+                for key in {**start, **cells}
+            }
+            if sum(widths.values()) + _GAP * (len(widths) - 1) <= room:
+                return widths
+        return None
+
+    def _as_line(self, entry: LogEntry, values: dict[str, str]) -> Text:
+        line = Text(f"logsync {self._name} step={_step(entry.step)} seq={entry.seq}")
+        for key, value in values.items():
+            line.append(f" {key}=").append(value, _style(value))
+        note = _note(entry)
+        return line.append(f" ({note})") if note else line
+
+
+def _print(console: Console, text: Text) -> None:
+    console.print(text, soft_wrap=True)  # rich would fold at 80 columns where there is no terminal
+
+
+def _row(cells: dict[str, str], widths: dict[str, int], style: str = "") -> Text:
+    row = Text(style=style)
+    for key, width in widths.items():
+        cell = cells.get(key, "-")
+        row.append(" " * (width - cell_len(cell) + (_GAP if row else 0))).append(cell, _style(cell))
+    return row
+
+
+def _style(value: str) -> str:
+    return "red" if value in _NOT_FINITE else ""
+
+
+def _number(value: float) -> str:
+    """Return `value` with four significant digits, whole numbers whole."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size < _WHOLE and value == int(value):
+        return str(int(value))
+    return f"{value:.0f}" if _LARGE <= size < _HUGE else f"{value:.4g}"
+
+
+def _step(step: Step) -> str:
+    if step is None:
+        return "-"
+    return str(step) if isinstance(step, int) else f"{step:.6g}"
+
+
+def _note(entry: LogEntry) -> str:
+    """Return what a reader must know about `entry` beside its values, or nothing."""
+    notes = [f"partial, from {entry.calls} calls"] if entry.partial else []
+    keys_of: dict[tuple[int, ...], list[str]] = {}
+    for key, ranks in entry.nan_ranks.items():
+        keys_of.setdefault(ranks, []).append(printable(key))
+    for ranks, keys in keys_of.items():
+        named = ", ".join(map(str, ranks[:_RANKS_NAMED])) + (", ..." if len(ranks) > _RANKS_NAMED else "")
+        notes.append(f"not finite because of rank{'s' * (len(ranks) > 1)} {named}: {', '.join(keys)}")
+    return "; ".join(notes)

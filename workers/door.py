@@ -1,0 +1,166 @@
+"""`connect`: check what the user asked for, find the other ranks, and open the log."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from logsync.coordinator.core import Coordinator
+from logsync.coordinator.errors import ConfigError
+from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
+from logsync.coordinator.host import Host, reserve_run_dir
+from logsync.coordinator.messages import INT64_MAX, Settings
+from logsync.coordinator.sinks.base import SinkSet, SinkSpec
+from logsync.workers.launch import choose_transport, restart_count
+from logsync.workers.training_log import TrainingLog
+from logsync.workers.transports.base import Transport
+
+__all__ = ["connect"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LONGEST_S = 30 * 24 * 3600.0
+_LONGEST_LEASE = 1_000_000
+
+
+def connect(
+    log_frequency: LogStepType,
+    *,
+    mode: LoggingModeType = "exact",
+    frequency_type: FrequencyType = "step",
+    transport: str | Transport = "auto",
+    sinks: Sequence[SinkSpec] = ("console", "jsonl"),
+    run_dir: str | PathLike[str] | None = None,
+    name: str | None = None,
+    write: Literal["auto", "explicit"] = "auto",
+    timeout: float = 1800.0,
+    max_lease: int = 1000,
+    rank: int | None = None,
+    world_size: int | None = None,
+    process_group: Any = None,
+) -> TrainingLog:
+    """Open a log that all ranks share. Collective: every rank calls it, for the same logs in the same order.
+
+    Args:
+        log_frequency: log every so many of `frequency_type`; None never logs but by `write`.
+        mode: when a log is due: "exact", "on_update", "on_change"; see `FrequencyManager`.
+        frequency_type: what steps count: "step" (optimizer steps), "batch" (micro-batches) or "epoch" (floats too).
+        transport: "auto" takes torch.distributed if it is initialised, and otherwise the single-node fallback;
+            "collective", "local", or an object that is a `Transport`.
+        sinks: where rank 0 writes: "console", "jsonl", "jsonl:PATH", a callable taking a `LogEntry`, or an object
+            with open, write and close.
+        run_dir: the folder for files; runs/<start time>-<name> if not given, or the loaded state's.
+        name: tells logs of one job apart; "train" if not given.
+        write: "auto" merges and writes when `log_ready` is True; "explicit" leaves that to `write`.
+        timeout: seconds that a round waits for the slowest rank.
+        max_lease: the most calls in a row that are answered without communication.
+        rank, world_size: checked against what the transport finds.
+        process_group: the ranks that share the log; all of torch.distributed's if not given.
+
+    Returns:
+        The log; use it in a `with` block, or call `close()`.
+
+    Raises:
+        TypeError, ValueError: an argument makes no sense.
+        LaunchError: a launcher started several ranks but nothing connects them, or its variables are half there.
+        ConfigMismatch: ranks gave different settings.
+        CollectiveSetupError: the gloo group could not be built.
+        RoundTimeout: a rank did not come within `timeout`.
+    """
+    checked = FrequencyManager(log_frequency, mode, frequency_type)
+    settings = Settings(
+        name=_checked_name(name),
+        log_frequency=_fits_int64(checked.log_frequency),
+        mode=checked.mode,
+        frequency_type=checked.frequency_type,
+        write=_checked_write(write),
+        timeout=_checked_seconds("timeout", timeout),
+        max_lease=_checked_lease(max_lease),
+    )
+    sink_set = SinkSet(sinks)
+    found = choose_transport(
+        transport, timeout_s=settings.timeout, rank=rank, world_size=world_size, process_group=process_group
+    )
+    host = _host(settings, sink_set, run_dir, found.world_size) if found.rank == 0 else None
+    log = TrainingLog(found, settings, host)
+    log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
+    return log
+
+
+def _host(settings: Settings, sinks: SinkSet, run_dir: str | PathLike[str] | None, world_size: int) -> Host:
+    reserved: Path | None = None
+    if run_dir is not None:
+        folder = str(Path(run_dir).absolute())
+    elif sinks:
+        folder, reserved = reserve_run_dir(settings.name)
+    else:
+        folder = str(Path("runs").absolute())
+    coordinator = Coordinator(
+        settings,
+        world_size,
+        run=secrets.token_hex(8),
+        run_dir=folder,
+        keep_run_dir=run_dir is not None,
+        attempt=restart_count(),
+    )
+    return Host(coordinator, sinks, name=settings.name, world_size=world_size, reserved=reserved)
+
+
+def _version() -> str:
+    try:
+        return version("logsync")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def _checked_name(name: object) -> str:
+    if name is None:
+        return "train"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        msg = (
+            f"name must be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit (it names a "
+            f"folder), given {name!r}"
+        )
+        raise ConfigError(msg)
+    return name
+
+
+def _checked_write(write: object) -> Literal["auto", "explicit"]:
+    if write == "auto":
+        return "auto"
+    if write == "explicit":
+        return "explicit"
+    msg = f"write must be 'auto' or 'explicit', given {write!r}"
+    raise ConfigError(msg)
+
+
+def _checked_seconds(name: str, seconds: object) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        msg = f"{name} must be a number of seconds, given {seconds!r} ({type(seconds).__name__})"
+        raise TypeError(msg)
+    if not (math.isfinite(seconds) and 0 < seconds <= _LONGEST_S):
+        msg = f"{name} must be greater than 0 and at most {_LONGEST_S:.0f} seconds, given {seconds}"
+        raise ConfigError(msg)
+    return float(seconds)
+
+
+def _checked_lease(max_lease: object) -> int:
+    if isinstance(max_lease, bool) or not isinstance(max_lease, int):
+        msg = f"max_lease must be an int, given {max_lease!r} ({type(max_lease).__name__})"
+        raise TypeError(msg)
+    if not 0 <= max_lease <= _LONGEST_LEASE:
+        msg = f"max_lease must be from 0 to {_LONGEST_LEASE} calls, given {max_lease}"
+        raise ConfigError(msg)
+    return max_lease
+
+
+def _fits_int64(log_frequency: LogStepType) -> LogStepType:
+    if isinstance(log_frequency, int) and log_frequency > INT64_MAX:
+        msg = f"log frequency must be at most 2**63 - 1, given an int of {log_frequency.bit_length()} bits"
+        raise ConfigError(msg)
+    return log_frequency

@@ -1,0 +1,153 @@
+"""Read the surroundings once: which launcher, which rank, which transport."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+from logsync.coordinator.errors import ConfigError, LaunchError
+from logsync.workers.transports.base import Transport
+from logsync.workers.transports.local import LocalTransport
+
+__all__ = ["Launched", "choose_transport", "launched", "restart_count"]
+
+_logger = logging.getLogger(__name__)
+
+# launcher: the variables of rank and world size
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS"),
+}
+
+
+class Launched(NamedTuple):
+    """What a launcher's environment says of this process."""
+
+    launcher: str
+    rank: int
+    world_size: int
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
+    """Return what the launcher says, None if there is none.
+
+    Raises:
+        LaunchError: a launcher's variables are half there, or are not numbers that fit each other.
+    """
+    for launcher, (rank_name, size_name) in _LAUNCHERS.items():
+        rank, size = environ.get(rank_name), environ.get(size_name)
+        if rank is None and size is None:
+            continue
+        if rank is None or size is None:
+            if launcher == "Slurm" and (size or "1").strip() == "1":
+                continue  # an allocation of one task: a plain shell, not half a launch
+            there, missing = (rank_name, size_name) if size is None else (size_name, rank_name)
+            msg = (
+                f"{there}={environ[there]} is set, but {missing} is missing: that is half of what {launcher} sets. "
+                f"Start the script with {_START[launcher]}, set {missing}, or pass transport='local' to log this "
+                "process alone"
+            )
+            raise LaunchError(msg)
+        try:
+            found = Launched(launcher, int(rank), int(size))
+        except ValueError:
+            found = Launched(launcher, -1, 0)
+        if not 0 <= found.rank < found.world_size:
+            msg = f"{rank_name}={rank!r} and {size_name}={size!r} do not name a rank of a world"
+            raise LaunchError(msg)
+        return found
+    return None
+
+
+_START = {"torchrun": "torchrun", "Open MPI": "mpirun", "Slurm": "srun"}
+
+
+def restart_count(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how often the launcher has restarted the job; 0 if it does not say."""
+    text = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def choose_transport(
+    transport: object,
+    *,
+    timeout_s: float,
+    rank: int | None,
+    world_size: int | None,
+    process_group: object | None,
+    environ: Mapping[str, str] = os.environ,
+) -> Transport:
+    """Return the transport that `connect` asked for, not started yet.
+
+    Raises:
+        ConfigError: it is not known, or `rank` and `world_size` are not what it finds.
+        LaunchError: the surroundings do not fit it.
+    """
+    chosen = _chosen(transport, timeout_s, process_group, environ)
+    for name, given, found in (("rank", rank, chosen.rank), ("world_size", world_size, chosen.world_size)):
+        if given is not None and given != found:
+            msg = f"{name}={given!r} was given, but this process has {name} {found} on transport {chosen.name!r}"
+            raise ConfigError(msg)
+    return chosen
+
+
+def _chosen(transport: object, timeout_s: float, process_group: object | None, environ: Mapping[str, str]) -> Transport:
+    if not isinstance(transport, str):
+        if not all(
+            hasattr(transport, member) for member in ("name", "rank", "world_size", "start", "exchange", "close")
+        ):
+            msg = f"transport must be 'auto', 'local', 'collective' or a Transport, given {transport!r}"
+            raise ConfigError(msg)
+        return cast("Transport", transport)
+    name = transport.strip().lower()
+    if name not in ("auto", "local", "collective"):
+        msg = f"transport must be 'auto', 'local', 'collective' or a Transport, given {transport!r}"
+        raise ConfigError(msg)
+    if process_group is not None and name == "local":
+        msg = "a process_group was given together with transport='local'"
+        raise ConfigError(msg)
+    if name == "collective" or process_group is not None or (name == "auto" and _initialized_torch() is not None):
+        return _collective(timeout_s, process_group)
+    if name == "auto":
+        _refuse_lonely_rank(environ)
+        _logger.info(
+            "single-node fallback: torch.distributed is not initialised and no launcher started more than one rank, "
+            "so this process logs alone"
+        )
+    return LocalTransport()
+
+
+def _initialized_torch() -> Any:
+    """Return torch.distributed if a process group is initialised. If torch is not imported, none can be."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed
+
+
+def _collective(timeout_s: float, process_group: object | None) -> Transport:
+    if _initialized_torch() is None:
+        msg = (
+            "transport='collective' needs an initialised process group: call "
+            "torch.distributed.init_process_group() before connect()"
+        )
+        raise LaunchError(msg)
+    from logsync.workers.transports.collective import CollectiveTransport  # noqa: PLC0415 - it loads torch
+
+    return CollectiveTransport(timeout_s=timeout_s, process_group=process_group)
+
+
+def _refuse_lonely_rank(environ: Mapping[str, str]) -> None:
+    found = launched(environ)
+    if found is None or found.world_size == 1:
+        return
+    msg = (
+        f"{found.launcher} started this process as rank {found.rank} of {found.world_size}, but torch.distributed has "
+        "no process group. Call torch.distributed.init_process_group() before connect() to log together, or pass "
+        "transport='local' to log each process alone"
+    )
+    raise LaunchError(msg)

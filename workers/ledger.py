@@ -1,0 +1,349 @@
+"""One rank's side of the rounds, without any I/O: the lease, the steps, what its user said, and the last reply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import msgspec
+
+from logsync.coordinator.errors import BadType, BadValue, ProtocolError, Step
+from logsync.coordinator.frequency import LogStepType, checked_frequency, checked_step
+from logsync.coordinator.messages import (
+    INT64_MAX,
+    PROTOCOL,
+    Decision,
+    Event,
+    Failure,
+    LogEntry,
+    Report,
+    Rhythm,
+    State,
+    Window,
+    decode_decision,
+    decode_state,
+    encode,
+    error_of,
+    failure_of,
+)
+
+__all__ = ["Ledger", "counted_step"]
+
+
+def counted_step(step: object, frequency_type: str) -> LogStepType:
+    """Return `step` as `checked_step` does, refusing ints that no frame can carry (over 2**63 - 1)."""
+    if type(step) is int and 0 <= step <= INT64_MAX:
+        return step
+    number = checked_step(step, frequency_type)
+    if isinstance(number, int) and number > INT64_MAX:
+        msg = f"log step must be at most 2**63 - 1, given an int of {number.bit_length()} bits"
+        raise ValueError(msg)
+    return number
+
+
+class Ledger:
+    """Count calls, answer those under a lease, and build and read the messages of a round.
+
+    Subclasses say in `_due` what happens at a call that needs a round.
+
+    Args:
+        rank, world_size: as on the transport.
+        max_lease: the longest lease there can be, in calls.
+        frequency_type: what steps count.
+    """
+
+    # Slots, because a leased call costs little more than its attribute accesses.
+    __slots__ = (
+        "_calls",
+        "_current",
+        "_entry_call",
+        "_events",
+        "_fault",
+        "_finished",
+        "_frequency_type",
+        "_gap",
+        "_lease",
+        "_least",
+        "_least_call",
+        "_left",
+        "_previous",
+        "_rank",
+        "_restore",
+        "_rise",
+        "_round",
+        "_run",
+        "_sent_events",
+        "_since",
+        "_state",
+        "_steps",
+        "_world_size",
+        "last_entry",
+    )
+
+    def __init__(self, rank: int, world_size: int, *, max_lease: int, frequency_type: str) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._frequency_type = frequency_type
+        self._run = ""
+        self._round = 0
+        self._state: State | None = None
+        self.last_entry: LogEntry | None = None
+        """The newest entry, the same on every rank, without what `annotate` added; None before the first."""
+
+        # A leased call writes its step to _steps[_left] and counts _left down to 0.
+        self._left = 0
+        self._lease = 0
+        self._steps: list[object] = [None] * (max_lease + 1)
+        self._calls = 0  # calls before the lease
+        self._entry_call = 0
+
+        # How the step moves, over all calls; see Rhythm. The first call counts as a change, which errs to short leases.
+        self._previous: Step = None
+        self._current: Step = None  # the last call's step
+        self._since = 0
+        self._rise: Step = None
+        self._gap: int | None = None
+        self._least: Step = None
+        self._least_call = 0
+
+        self._events: list[Event] = []
+        self._sent_events = 0
+        self._fault: Failure | None = None
+        self._restore = b""
+        self._finished = False
+
+    @property
+    def calls(self) -> int:
+        """How many calls this rank has made."""
+        return self._calls + self._lease - self._left
+
+    @property
+    def state(self) -> State:
+        """Where the job's logging stood at the last reply."""
+        if self._state is None:
+            msg = "no reply has come yet"
+            raise RuntimeError(msg)
+        return self._state
+
+    def log_ready(self, current_log_step: LogStepType, check_model_update: bool = False) -> bool:  # noqa: FBT001, FBT002 - the signature of FrequencyManager
+        """Say whether a log is due at `current_log_step`, with the same answer on every rank.
+
+        Call it once per iteration on every rank. Most calls are answered locally; the rest wait for the slowest
+        rank, at most `timeout` seconds. With `write="auto"` a True means that the entry is merged and written.
+
+        Args:
+            current_log_step: where this rank is, in units of `frequency_type`. Rank 0's decides.
+            check_model_update: ask for the rule of mode on_change at this call. Rank 0's counts, and only in a round.
+
+        Raises:
+            BadType, BadValue: a rank's step is no step; the error names the rank, and all ranks get it.
+            RoundMismatch: a rank called once more or less than the others.
+            RoundTimeout, PeerLost, CoordinatorLost: a rank did not come; the group is lost.
+        """
+        left = self._left
+        if left:
+            self._steps[left] = current_log_step
+            self._left = left - 1
+            return False
+        return self._due(current_log_step, check_model_update)
+
+    def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - called from the hot path
+        raise NotImplementedError
+
+    # -- what the user said ------------------------------------------------------------------------------------
+
+    def model_updated(self, step: LogStepType = None) -> None:
+        """Note that the model changed at `step`; None forgets all updates. Any rank's update counts.
+
+        Never communicates: it reaches the root with this rank's next frame. The last update is the largest since
+        the last reset.
+
+        Raises:
+            TypeError, ValueError: `step` is not a step.
+        """
+        value = counted_step(step, self._frequency_type)
+        call = self.calls + 1
+        events, sent = self._events, self._sent_events
+        if value is None:
+            events[sent:] = [e for e in events[sent:] if e.kind != "update"]
+        else:
+            while len(events) > sent and (newest := events[-1]).kind == "update" and newest.value is not None:
+                if newest.value > value:
+                    if newest.call == call:
+                        return  # the larger one of the two counts, and it is there
+                    break
+                events.pop()  # earlier and not larger: it cannot matter any more
+        events.append(Event(call, "update", value))
+
+    def log_written(self, step: LogStepType = None) -> None:
+        """Note that a log was written at `step`; None forgets all logs. The step just decided needs no note.
+
+        Never communicates: it reaches the root with this rank's next frame.
+
+        Raises:
+            TypeError, ValueError: `step` is not a step.
+        """
+        value = counted_step(step, self._frequency_type)
+        pending = any(e.kind == "written" for e in self._events)
+        if not pending and value is not None and value == self.state.last_log_step:
+            return
+        self._events.append(Event(self.calls + 1, "written", value))
+
+    def _set_frequency(self, log_frequency: object) -> None:
+        value = checked_frequency(log_frequency, self._frequency_type)
+        if isinstance(value, int) and value > INT64_MAX:
+            msg = f"log frequency must be at most 2**63 - 1, given an int of {value.bit_length()} bits"
+            raise ValueError(msg)
+        kept = [e for e in self._events[self._sent_events :] if e.kind != "frequency"]
+        self._events[self._sent_events :] = [*kept, Event(self.calls + 1, "frequency", value)]
+
+    # -- rounds ------------------------------------------------------------------------------------------------
+
+    def _frame(
+        self,
+        kind: Literal["decision", "write", "closed"],
+        step: object = None,
+        *,
+        check_model_update: bool = False,
+        window: Window | None = None,
+    ) -> bytes:
+        """End the lease, count the call if it is one, and return this rank's frame for the next round."""
+        self._settle()
+        if kind == "decision":
+            self._track((step,))
+        counted = self._checked(step, self._calls) if kind == "write" else self._current
+        self._sent_events = len(self._events)
+        return encode(
+            Report(
+                protocol=PROTOCOL,
+                run=self._run,
+                round=self._round,
+                rank=self._rank,
+                world_size=self._world_size,
+                kind=kind,
+                call=self._calls,
+                step=counted,
+                check_model_update=bool(check_model_update),
+                rhythm=Rhythm(self._rise, self._gap, self._since, self._current, self._least, self._least_call),
+                events=tuple(self._events),
+                window=window or Window(),
+                fault=self._fault,
+                restore=self._restore,
+            )
+        )
+
+    def _settle(self) -> None:
+        """End the lease and take in the calls that were made under it."""
+        leased = self._steps[self._left + 1 : self._lease + 1]
+        self._lease = self._left = 0
+        if leased:
+            leased.reverse()
+            self._track(leased)
+
+    def _accept(self, reply: bytes) -> Decision:
+        """Take over what the root decided.
+
+        Raises:
+            LogsyncError: the agreed error that came instead; what this rank has recorded and said is kept.
+            ProtocolError: the reply is not one for this round.
+        """
+        decision = decode_decision(reply)
+        number, self._round = self._round, self._round + 1
+        sent, self._sent_events = self._sent_events, 0
+        self._fault = None
+        if decision.round != number or decision.protocol != PROTOCOL or (self._run and decision.run != self._run):
+            msg = f"the reply is for round {decision.round} of run {decision.run!r}, not {number} of {self._run!r}"
+            raise ProtocolError(msg, round=number)
+        self._finished = decision.finished
+        if decision.failure is not None:
+            raise error_of(decision.failure, number)
+        if decision.lease >= len(self._steps):
+            msg = f"the reply grants a lease of {decision.lease} calls, {len(self._steps) - 1} are the most"
+            raise ProtocolError(msg, round=number)
+        self._run = decision.run
+        self._state = decision.state
+        del self._events[:sent]
+        self._rise = self._gap = self._least = None
+        self._restore = b""
+        if decision.entry is not None:
+            self.last_entry = decision.entry
+            self._entry_call = self._calls
+        self._lease = self._left = decision.lease
+        return decision
+
+    def _track(self, steps: Iterable[object]) -> None:
+        """Count one call for each of `steps` and note how the step moved."""
+        call, previous, since = self._calls, self._previous, self._since
+        step: Step = None
+        for raw in steps:
+            call += 1
+            step = raw if type(raw) is int and 0 <= raw <= INT64_MAX else self._checked(raw, call)
+            if step is None or step == previous:
+                since += 1
+            else:
+                if previous is not None:
+                    if self._gap is None or since + 1 < self._gap:
+                        self._gap = since + 1
+                    if step > previous and (self._rise is None or step - previous > self._rise):
+                        self._rise = step - previous
+                since = 0
+                previous = step
+            if step is not None and (self._least is None or step < self._least):
+                self._least, self._least_call = step, call
+        self._calls, self._previous, self._since, self._current = call, previous, since, step
+
+    def _checked(self, step: object, call: int) -> Step:
+        """Return `step`, or None if it is refused: then it is this round's fault, unless there is one already."""
+        try:
+            return counted_step(step, self._frequency_type)
+        except (TypeError, ValueError) as error:
+            self._refuse(error, call)
+            return None
+
+    def _refuse(self, error: Exception, call: int) -> None:
+        """Let the next frame carry `error`, so that every rank raises it."""
+        if self._fault is None:
+            kind = BadType if isinstance(error, TypeError) else BadValue
+            self._fault = failure_of(kind(str(error), call=call))
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, bytes]:
+        """Return where the log stands, as one bytes value that is equal on all ranks at the same call.
+
+        Never communicates. What is recorded but not logged yet is not in it: taken in the body of
+        `if log.log_ready(step):` or after `write`, it is exact; otherwise the first entry after a load covers only
+        the calls since the checkpoint, and is marked partial.
+        """
+        return {"state": encode(msgspec.structs.replace(self.state, missed=self.calls - self._entry_call))}
+
+    def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
+        """Go on where `state_dict` was taken, at any world size; call it on every rank, with the same state.
+
+        Never communicates. The next call is a round; the log's files are cut back to the state there. What was
+        recorded and not logged is dropped.
+
+        Raises:
+            ValueError: this is not a state of logsync, or of another frequency type.
+        """
+        data = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+        if not isinstance(data, bytes):
+            msg = "load_state_dict() takes what state_dict() returned: {'state': bytes}"
+            raise ValueError(msg)  # noqa: TRY004 - one error for everything that is not a state
+        try:
+            state = decode_state(data)
+        except ProtocolError as error:
+            msg = f"this is not a state of logsync: {error}"
+            raise ValueError(msg) from error
+        if state.frequency_type != self._frequency_type:
+            msg = f"the state counts in frequency type {state.frequency_type!r}, this log in {self._frequency_type!r}"
+            raise ValueError(msg)
+        self._calls = self.calls
+        self._lease = self._left = 0
+        self._entry_call = self._calls - state.missed
+        self._previous = self._current = self._rise = self._gap = self._least = None
+        self._since = 0
+        self._events.clear()
+        self._fault = None
+        self._state = state
+        self._restore = data

@@ -1,0 +1,375 @@
+"""The log as a training script sees it: the only place that orders rounds."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+from logsync.coordinator.errors import (
+    AgreedError,
+    ForkedProcess,
+    LogClosed,
+    LogsyncError,
+    RoundInterrupted,
+    TransportError,
+    printable,
+)
+from logsync.coordinator.frequency import FrequencyType, LogStepType
+from logsync.coordinator.host import Host
+from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, encode_hello
+from logsync.workers.ledger import Ledger
+from logsync.workers.transports.base import Transport
+from logsync.workers.values import plain_number
+from logsync.workers.window import OpenWindow, Taken, checked_name
+
+__all__ = ["Stats", "TrainingLog"]
+
+_logger = logging.getLogger(__name__)
+
+_open_logs: set[TrainingLog] = set()
+
+
+class Stats(NamedTuple):
+    """What a log has cost this rank so far.
+
+    Attributes:
+        calls: calls of `log_ready`.
+        rounds: how many exchanges there were, the hello of `connect` not counted.
+        bytes_sent: bytes of this rank's frames.
+        wait_s: seconds spent in rounds, most of it waiting for the slowest rank.
+    """
+
+    calls: int
+    rounds: int
+    bytes_sent: int
+    wait_s: float
+
+
+class TrainingLog(Ledger):
+    """One log of a job, on one rank; made by `connect`. Use it as a context manager, from one thread.
+
+    The surface of `FrequencyManager` is here, agreed across ranks: `log_ready`, `model_updated`, `log_written`,
+    `log_frequency` and the rest show what the last reply said. `record` is `OpenWindow.record`.
+    """
+
+    def __init__(self, transport: Transport, settings: Settings, host: Host | None) -> None:
+        super().__init__(
+            transport.rank,
+            transport.world_size,
+            max_lease=settings.max_lease,
+            frequency_type=settings.frequency_type,
+        )
+        self._settings = settings
+        self._transport = transport
+        self._host = host
+        self._window = OpenWindow()
+        self.record: Callable[..., None] = self._window.record
+        self._pid = os.getpid()
+        self._unusable: LogsyncError | None = None  # why no further round can be made
+        self._parked = 0  # a lease set aside until the open entry is handed over
+        self._rounds = 0
+        self._bytes_sent = 0
+        self._wait_s = 0.0
+
+    # -- the frequency manager's surface -----------------------------------------------------------------------
+
+    @property
+    def log_frequency(self) -> LogStepType:
+        """The log frequency in force. A new one may be set on any rank and is in force from the next round.
+
+        Of two ranks that set it at the same call the lower one wins, with a warning.
+
+        Raises:
+            TypeError, ValueError: when set to what is no frequency; the old one stays.
+        """
+        return self.state.log_frequency
+
+    @log_frequency.setter
+    def log_frequency(self, log_frequency: LogStepType) -> None:
+        self._set_frequency(log_frequency)
+
+    @property
+    def frequency_type(self) -> FrequencyType:
+        """What steps count: "epoch", "step" or "batch"."""
+        return self._settings.frequency_type
+
+    @property
+    def mode(self) -> Literal["exact", "on_change", "on_update"]:
+        """When a log is due; see `FrequencyManager`."""
+        return self._settings.mode
+
+    @property
+    def is_epoch_frequency_manager(self) -> bool:
+        """Whether steps are epochs."""
+        return self._settings.frequency_type == "epoch"
+
+    @property
+    def is_optim_frequency_manager(self) -> bool:
+        """Whether steps are optimizer steps."""
+        return self._settings.frequency_type == "step"
+
+    @property
+    def last_log_step(self) -> LogStepType:
+        """The step of the last log that all ranks know of."""
+        return self.state.last_log_step
+
+    @property
+    def last_model_update_step(self) -> LogStepType:
+        """The last model update that had reached the root at the last round."""
+        return self.state.last_model_update_step
+
+    # -- who and what ------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the log."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks the log has."""
+        return self._world_size
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether the coordinator, and with it the sinks, run in this process."""
+        return self._host is not None
+
+    @property
+    def transport(self) -> str:
+        """How frames travel: "local" (the single-node fallback), "collective", "threads", ..."""
+        return self._transport.name
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of the log's files, on the coordinator's machine."""
+        return self.state.run_dir
+
+    @property
+    def stats(self) -> Stats:
+        """What the log has cost this rank so far."""
+        return Stats(self.calls, self._rounds, self._bytes_sent, self._wait_s)
+
+    # -- rounds ------------------------------------------------------------------------------------------------
+
+    def write(self, step: LogStepType, values: Mapping[str, Any] | None = None) -> LogEntry:
+        """Merge and write everything recorded since the last entry, whatever the cadence.
+
+        Every rank calls it at the same place: after an evaluation, at the last step, before a checkpoint. It marks
+        `step` as logged.
+
+        Args:
+            step: where the run is; rank 0's counts.
+            values: recorded first, as by `record`.
+
+        Returns:
+            The entry, the same on every rank.
+
+        Raises:
+            BadType, BadValue: a rank's step or values are not acceptable; all ranks get the error.
+            RoundMismatch: another rank called `log_ready` here.
+            RoundTimeout, PeerLost, CoordinatorLost: a rank did not come; the group is lost.
+        """
+        self._begin()
+        if values is not None:
+            try:
+                self.record(values)
+            except (TypeError, ValueError) as error:
+                self._refuse(error, self.calls)
+        entry = self._make_round("write", step).entry
+        if entry is None:
+            msg = "the reply to write() has no entry"
+            raise RuntimeError(msg)
+        return entry
+
+    def annotate(self, values: Mapping[str, Any]) -> None:
+        """Add root-side values that need no merging, such as a learning rate, to the entry just made.
+
+        Call it right after `log_ready` returned True or after `write`; it never communicates. On other ranks than
+        the coordinator's it does nothing. `last_entry` does not show these values: it is the same everywhere.
+
+        Raises:
+            TypeError, ValueError: a value is no number, or a name is bad or merged already.
+        """
+        if self._host is not None:
+            self._host.annotate({checked_name(name): plain_number(name, value) for name, value in values.items()})
+
+    def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
+        if self._parked and self._unusable is None:
+            lease, self._parked = self._parked, 0
+            self._begin()
+            self._lease = self._left = lease
+            self._steps[lease] = step
+            self._left = lease - 1
+            return False
+        self._begin()
+        return self._make_round("decision", step, check_model_update=check_model_update).log_ready
+
+    def _begin(self) -> None:
+        """Refuse what cannot make a round, and hand over the entry that `annotate` could still add to."""
+        if self._unusable is not None:
+            raise copy.copy(self._unusable)
+        if os.getpid() != self._pid:
+            msg = (
+                f"process {os.getpid()} was forked from {self._pid}, whose log this is; only the process that called "
+                "connect() may log. In data loader workers, return the values and record them in the training loop"
+            )
+            raise ForkedProcess(msg)
+        self._parked = 0
+        if self._host is not None:
+            self._host.release()
+
+    def _make_round(
+        self,
+        kind: Literal["decision", "write", "closed"],
+        step: object = None,
+        *,
+        check_model_update: bool = False,
+    ) -> Decision:
+        carries = kind != "decision" or self._settings.write == "auto"
+        taken = self._window.take() if carries else Taken.nothing()
+        frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
+        decision = None
+        try:
+            decision = self._accept(self._exchange(frame, patient=kind == "closed"))
+        finally:
+            if decision is None or decision.entry is None:
+                self._window.give_back(taken)
+        for notice in decision.notices:
+            _logger.log(logging.WARNING if self.is_coordinator else logging.DEBUG, "%s", printable(notice, 1000))
+        if self._host is not None and self._host.holds_entry:
+            self._parked, self._lease, self._left = self._left, 0, 0
+        return decision
+
+    def _exchange(self, frame: bytes, *, patient: bool) -> bytes:
+        started = time.perf_counter()
+        try:
+            reply = self._transport.exchange(frame, patient=patient)
+        except AgreedError:
+            raise  # refused before the root saw it, on all ranks alike: the round is still to be made
+        except TransportError as error:
+            self._unusable = error
+            raise
+        except BaseException as error:
+            self._unusable = RoundInterrupted(
+                f"round {self._round} was left half done by {type(error).__name__}; its outcome is not known here, "
+                "so this log makes no further rounds"
+            )
+            raise
+        self._rounds += 1
+        self._bytes_sent += len(frame)
+        self._wait_s += time.perf_counter() - started
+        return reply
+
+    # -- beginning and end -------------------------------------------------------------------------------------
+
+    def _open(self, version: str) -> None:
+        """Introduce this rank to the others; collective.
+
+        Raises:
+            ConfigMismatch: ranks gave `connect` different settings.
+            CollectiveSetupError: the group could not be built.
+        """
+        hello = encode_hello(Hello(self._rank, self._world_size, version, self._settings))
+        try:
+            self._transport.start(self._host.handle if self._host is not None else None)
+            self._accept(self._exchange(hello, patient=False))
+        except BaseException:
+            self._let_go()
+            raise
+        self._rounds = self._bytes_sent = 0
+        self._wait_s = 0.0
+        _open_logs.add(self)
+
+    def __enter__(self) -> TrainingLog:  # noqa: PYI034 - typing.Self needs Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._leave()
+
+    def close(self) -> None:
+        """End the log: wait until every rank has closed, write what is recorded, flush the sinks.
+
+        Until the others have come, this rank goes on answering their rounds. A second call does nothing.
+
+        Raises:
+            TransportError: a rank was lost meanwhile. What this process could write is written.
+            ReductionMismatch: the last windows cannot be merged.
+        """
+        if self not in _open_logs:
+            return
+        try:
+            self._begin()
+            self._answer_until_finished()
+        finally:
+            self._leave()
+
+    def _answer_until_finished(self) -> None:
+        while True:
+            try:
+                self._make_round("closed")
+            except AgreedError:
+                if self._finished:
+                    raise
+                # The others' mistake; they have the error, and this rank has nothing more to do with it.
+            else:
+                if self._finished:
+                    return
+            if self._host is not None:
+                self._host.release()
+
+    def _leave(self) -> None:
+        """End the log without waiting for anybody; the coordinator writes what it has."""
+        if self not in _open_logs:
+            return
+        _open_logs.discard(self)
+        if os.getpid() != self._pid:
+            return
+        if self._host is not None and not self._finished:
+            try:
+                self._host.leave(self._rank, self._window.take().message, self._last_step(), self.calls)
+            except LogsyncError:
+                _logger.exception("could not write the last window of rank %d", self._rank)
+        self._let_go()
+
+    def _last_step(self) -> LogStepType:
+        self._settle()
+        return self._current
+
+    def _let_go(self) -> None:
+        if self._unusable is None:
+            self._unusable = LogClosed("the log is closed")
+        self._lease = self._left = self._parked = 0
+        self.record = _refuse_to_record
+        if self._host is not None:
+            self._host.close()
+        self._transport.close()
+
+
+def _refuse_to_record(*_: object, **__: object) -> None:
+    msg = "record() after the log was closed"
+    raise LogClosed(msg)
+
+
+@atexit.register
+def _leave_all() -> None:
+    """Write and flush what logs still hold whose `close` was forgotten; never waits for other ranks."""
+    for log in list(_open_logs):
+        if os.getpid() == log._pid:  # noqa: SLF001 - a forked child must not touch its parent's files
+            _logger.warning(
+                "log %r was not closed: its last window has rank %d's values only. Use `with connect(...) as log:`",
+                log._settings.name,  # noqa: SLF001
+                log.rank,
+            )
+        log._leave()  # noqa: SLF001

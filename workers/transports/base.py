@@ -1,0 +1,59 @@
+"""What a transport is: one verb, and what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+__all__ = ["Root", "Transport"]
+
+Root = Callable[[Sequence[bytes | bytearray | memoryview]], bytes]
+"""The root's side of a round: all ranks' frames, by rank, to the reply. It never raises."""
+
+
+class Transport(Protocol):
+    """Carry one frame from every rank to the root, and one reply back.
+
+    A call of `exchange` is a round. Every rank makes the same rounds in the same order, from one thread at a time.
+
+    Guarantees:
+        - The root runs exactly once per round, after every frame has arrived, with the frames in order of rank.
+        - Every rank receives the same reply, byte for byte.
+        - What the root refuses travels on the reply: the group goes on working.
+        - A round that the transport cannot complete raises a `TransportError` on every rank, at the latest after the
+          timeout; so does every later one.
+        - While a rank waits, its Python signal handlers run.
+        - A transport keeps no frame or reply longer than the round takes.
+
+    Attributes:
+        name: how the transport is called in logs: "local", "collective", ...
+        rank: this process's rank, from 0.
+        world_size: how many ranks there are.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+
+    def start(self, root: Root | None) -> None:
+        """Make ready; called once, before the first round, with the root's function on rank 0 and None elsewhere.
+
+        Raises:
+            CollectiveSetupError: the group could not be built.
+        """
+
+    def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+        """Send `frame`, wait for all ranks, and return the reply.
+
+        Args:
+            frame: at most `messages.MAX_FRAME` bytes.
+            patient: this rank has nothing else to do, and waits for as long as the others take.
+
+        Raises:
+            FrameTooLarge: on all ranks alike, if one rank's frame is more than the transport carries.
+            RoundTimeout: a rank did not come.
+            PeerLost, CoordinatorLost: a connection broke.
+        """
+
+    def close(self) -> None:
+        """Let go of the group without waiting for anybody; a second call does nothing."""

@@ -1,0 +1,304 @@
+"""Frames over torch.distributed: a gather to the root and a broadcast from it, on a gloo group of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from logsync.coordinator.errors import (
+    CollectiveSetupError,
+    CoordinatorLost,
+    FrameTooLarge,
+    LogsyncError,
+    PeerLost,
+    RoundTimeout,
+    TransportError,
+    printable,
+)
+from logsync.coordinator.messages import MAX_FRAME
+from logsync.workers.transports.base import Root
+
+__all__ = ["CollectiveTransport"]
+
+# Every slot starts with a header, of a frame: status, length; of a reply: status, size of the next slots, length.
+_FRAME_HEAD = struct.Struct("<Q8s")
+_REPLY_HEAD = struct.Struct("<II8s")
+_HEAD = 16
+_FIRST_SLOT = 1024  # frozen for ever: the hello must fit between any two versions
+
+_FITS, _AGAIN, _REFUSED = 0, 1, 2
+_PATIENCE = timedelta(days=30)
+_SHRINK_AFTER = 8
+_ROOT_MEMORY = 2**30  # bytes that the root spends on the largest slots of all ranks
+
+
+class CollectiveTransport:
+    """The ranks of a torch.distributed process group; see `Transport` for the promises.
+
+    The group that carries frames is gloo's, made by `new_group` for this log alone: on the training's group a frame
+    could be matched with somebody's gradients. One daemon thread makes all its calls, while the caller waits in
+    Python, so that signal handlers run and a stuck collective does not hold up the exit.
+
+    Args:
+        timeout_s: how long a round waits for the slowest rank.
+        process_group: its ranks take part; all ranks if None.
+    """
+
+    name = "collective"
+
+    def __init__(self, *, timeout_s: float, process_group: Any = None) -> None:
+        self.rank = dist.get_rank(process_group)
+        self.world_size = dist.get_world_size(process_group)
+        if self.rank < 0:
+            msg = "this process is not in the process_group; only its members call connect()"
+            raise CollectiveSetupError(msg)
+        self._timeout_s = timeout_s
+        # Named by their ranks, so that no reference to the user's group is kept.
+        self._members = None if process_group is None else dist.get_process_group_ranks(process_group)
+        self._jobs: queue.SimpleQueue[tuple[bytes, bool] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[bytes | LogsyncError | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, root: Root | None) -> None:
+        """Build the group; collective over its ranks."""
+        self._thread = threading.Thread(target=self._serve, args=(root,), name="logsync", daemon=True)
+        self._thread.start()
+        self._outcome()
+
+    def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+        """Have the thread make a round, and wait for it."""
+        self._jobs.put((frame, patient))
+        reply = self._outcome()
+        if reply is None:
+            msg = "the transport answered without a reply"
+            raise RuntimeError(msg)
+        return reply
+
+    def close(self) -> None:
+        """Stop the thread and let go of the group, if it is not stuck in a collective."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            # A live group at the interpreter's end can abort the process, so the thread gets time to drop it.
+            thread.join(timeout=2.0)
+
+    def _outcome(self) -> bytes | None:
+        # SimpleQueue.get waits in a way that lets signal handlers run.
+        outcome = self._outcomes.get()
+        if isinstance(outcome, LogsyncError):
+            raise outcome
+        return outcome
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _serve(self, root: Root | None) -> None:
+        try:
+            wire = _Wire(self._new_group(), self.rank, self.world_size, self._timeout_s, root)
+        except Exception as error:  # noqa: BLE001 - whatever torch raises goes to the caller, who is waiting
+            self._outcomes.put(_setup_error(error, self._timeout_s))
+            return
+        self._outcomes.put(None)
+        while (job := self._jobs.get()) is not None:
+            outcome = wire.exchange(*job)
+            del job
+            if isinstance(outcome, TransportError):
+                # Before the caller hears of it: dropping the group frees the other ranks at once.
+                wire.drop()
+                self._outcomes.put(outcome)
+                return
+            self._outcomes.put(outcome)
+            del outcome
+        wire.drop()
+
+    def _new_group(self) -> Any:
+        timeout = timedelta(seconds=self._timeout_s)
+        if self._members is None:
+            return dist.new_group(timeout=timeout, backend="gloo", group_desc="logsync")
+        return dist.new_group(
+            self._members, timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="logsync"
+        )
+
+
+class _Wire:
+    """The group, its buffers, and one round over them; used by one thread.
+
+    gloo aborts a process that receives more than it expects, so all ranks agree on the size of a slot before every
+    operation: the last reply has set it.
+    """
+
+    def __init__(self, group: Any, rank: int, world_size: int, timeout_s: float, root: Root | None) -> None:
+        self._group = group
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._root = root
+        self._root_rank = dist.get_global_rank(group, 0)
+        self._limit = min(MAX_FRAME, max(2**16, _ROOT_MEMORY // world_size))
+        self._spare_rounds = 0
+        self._resize(_FIRST_SLOT)
+
+    def _resize(self, slot: int) -> None:
+        self._slot = slot
+        self._out = bytearray(slot)
+        self._out_tensor = _tensor(self._out)
+        self._reply = bytearray(slot)
+        self._reply_tensor = _tensor(self._reply)
+        self._inbox = memoryview(bytearray(slot * self._world_size if self._rank == 0 else 0))
+        self._inbox_tensors = (
+            list(_tensor(self._inbox).view(self._world_size, slot).unbind()) if self._rank == 0 else []
+        )
+
+    def drop(self) -> None:
+        """Let go of the group: every reference has to go, or the others wait for their whole timeout."""
+        group, self._group = self._group, None
+        # Not registered any more where the user has destroyed the process groups first.
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(group)
+
+    def exchange(self, frame: bytes, patient: bool) -> bytes | LogsyncError:  # noqa: FBT001 - a job's two halves
+        """Return the reply, or the error that took its place."""
+        started = time.monotonic()
+        patience = _PATIENCE if patient else timedelta(seconds=self._timeout_s)
+        try:
+            while True:
+                status, reply = self._round(frame, patience, patient=patient)
+                if status == _FITS:
+                    return reply
+                if status == _REFUSED:
+                    return FrameTooLarge(printable(reply.decode(errors="replace")))
+        except Exception as error:  # noqa: BLE001 - gloo raises RuntimeError, torch several kinds
+            # A new error: the old one's traceback holds references to the group.
+            return self._lost(printable(str(error).strip().split("\n")[0], 300), time.monotonic() - started)
+
+    def _round(self, frame: bytes, patience: timedelta, *, patient: bool) -> tuple[int, bytes]:
+        self._pack(frame)
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        options.timeout = patience
+        gathered = [self._inbox_tensors] if self._rank == 0 else []
+        self._group.gather(gathered, [self._out_tensor], options).wait()
+        if self._rank == 0:
+            self._decide()
+        self._broadcast(self._reply_tensor, patience, patient=patient)
+        status, slot, size = _REPLY_HEAD.unpack_from(self._reply)
+        length = int.from_bytes(size, "little")
+        body = bytes(self._reply[_HEAD : _HEAD + length])
+        if length > len(body):
+            rest = self._rest if self._rank == 0 else bytearray(length - len(body))
+            self._broadcast(_tensor(rest), patience, patient=patient)
+            body += rest
+        if slot != self._slot:
+            self._resize(slot)
+        return status, body
+
+    def _pack(self, frame: bytes) -> None:
+        if len(frame) <= self._slot - _HEAD:
+            _FRAME_HEAD.pack_into(self._out, 0, len(frame), b"fits")
+            self._out[_HEAD : _HEAD + len(frame)] = frame
+        else:  # only its length goes, and the root asks for it again
+            _FRAME_HEAD.pack_into(self._out, 0, len(frame), b"outgrown")
+
+    def _decide(self) -> None:
+        """On the root: turn what is in the inbox into a reply, or into a request for larger slots."""
+        slot = self._slot
+        heads = [_FRAME_HEAD.unpack_from(self._inbox, rank * slot) for rank in range(self._world_size)]
+        longest = max(length for length, _ in heads)
+        if longest > self._limit:
+            rank = next(rank for rank, (length, _) in enumerate(heads) if length == longest)
+            text = (
+                f"the frame of rank {rank} has {longest} bytes, {self._limit} are the most in a world of "
+                f"{self._world_size}; record fewer metrics per log"
+            )
+            self._answer(_REFUSED, text.encode(), slot)
+        elif longest > slot - _HEAD:
+            self._answer(_AGAIN, b"", _slot_for(longest))
+        elif self._root is not None:
+            frames = [
+                self._inbox[rank * slot + _HEAD : rank * slot + _HEAD + length]
+                for rank, (length, _) in enumerate(heads)
+            ]
+            reply = self._root(frames)
+            self._answer(_FITS, reply, self._next_slot(max(longest, len(reply))))
+
+    def _next_slot(self, longest: int) -> int:
+        """Grow at once, shrink after some rounds in which a quarter would have done."""
+        wanted = min(_slot_for(longest), _slot_for(self._limit))
+        if wanted > self._slot:
+            self._spare_rounds = 0
+            return wanted
+        self._spare_rounds = self._spare_rounds + 1 if wanted * 4 <= self._slot else 0
+        if self._spare_rounds < _SHRINK_AFTER:
+            return self._slot
+        self._spare_rounds = 0
+        return wanted
+
+    def _answer(self, status: int, reply: bytes, next_slot: int) -> None:
+        head = self._slot - _HEAD
+        _REPLY_HEAD.pack_into(self._reply, 0, status, next_slot, len(reply).to_bytes(8, "little"))
+        self._reply[_HEAD : _HEAD + min(len(reply), head)] = reply[:head]
+        self._rest = bytearray(reply[head:])
+
+    def _broadcast(self, tensor: Any, patience: timedelta, *, patient: bool) -> None:
+        if not patient:
+            # Raises ValueError, before it sends anything, when the user has destroyed the process groups.
+            with contextlib.suppress(ValueError):
+                dist.broadcast(tensor, src=self._root_rank, group=self._group)
+                return
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = patience
+        self._group.broadcast([tensor], options).wait()
+
+    def _lost(self, text: str, elapsed_s: float) -> TransportError:
+        if elapsed_s >= 0.9 * self._timeout_s:
+            msg = (
+                f"rank {self._rank} waited {elapsed_s:.1f} s for a round (timeout {self._timeout_s:g} s) and not every "
+                f"rank came. Look for a rank that died, hangs, or called log_ready() less often. gloo says: {text}"
+            )
+            return RoundTimeout(msg)
+        if self._rank == 0:
+            msg = (
+                f"rank 0 lost the connection to another rank in a round: its process ended, or left. gloo says: {text}"
+            )
+            return PeerLost(msg)
+        msg = (
+            f"rank {self._rank} lost the group in a round: rank 0 ended or gave the round up, or a rank on the way "
+            f"of the reply ended. gloo says: {text}"
+        )
+        return CoordinatorLost(msg, ranks=(0,))
+
+
+def _slot_for(length: int) -> int:
+    """Return the size of slots that carry `length` bytes with a quarter to spare: a power of two."""
+    return max(_FIRST_SLOT, 1 << (length + length // 4 + _HEAD - 1).bit_length())
+
+
+def _tensor(buffer: bytearray | memoryview) -> Any:
+    """Return a uint8 tensor that shares `buffer`'s memory."""
+    return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+
+
+def _setup_error(error: Exception, timeout_s: float) -> CollectiveSetupError:
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = "no address"
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    where = f"interface {interface} (GLOO_SOCKET_IFNAME)" if interface else f"host name {host}, which is {address}"
+    msg = (
+        f"could not build the gloo group within {timeout_s:g} s, using {where}: "
+        f"{printable(str(error).strip(), 400)}. Every rank must call connect(), in the same order; if the address is "
+        "not one that the other nodes reach, set GLOO_SOCKET_IFNAME to the interface that is"
+    )
+    return CollectiveSetupError(msg)

@@ -1,0 +1,165 @@
+"""Numbers as users give them: plain, numpy's, or tensors on any device. Imports neither numpy nor torch by itself."""
+
+from __future__ import annotations
+
+import numbers
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from logsync.workers.window import Cell
+
+__all__ = ["Bank", "is_device_value", "local_tensor", "plain_number", "read_banks", "same_device"]
+
+
+def local_tensor(name: str, value: object) -> Tensor | None:
+    """Return the tensor behind `value`, or None if it is not one.
+
+    Raises:
+        TypeError: a DTensor that is not replicated, or a tensor of bools or complex numbers.
+        ValueError: a tensor of more or less than one element.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or type(value) is float or not isinstance(value, torch.Tensor):
+        return None
+    tensor: Any = value
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        if not all(placement.is_replicate() for placement in tensor.placements):
+            msg = (
+                f"{name!r} is a DTensor with placements {tensor.placements}: no rank holds all of it. Call "
+                ".full_tensor() on every rank first, outside any rank-dependent `if`"
+            )
+            raise TypeError(msg)
+        tensor = tensor.to_local()
+    if tensor.numel() != 1:
+        msg = f"{name!r} must have one element, given a tensor of shape {tuple(tensor.shape)}; reduce it first"
+        raise ValueError(msg)
+    if tensor.dtype is torch.bool or tensor.is_complex():
+        msg = f"{name!r} must be a real number, given a tensor of {tensor.dtype}"
+        raise TypeError(msg)
+    return tensor  # type: ignore[no-any-return]
+
+
+def is_device_value(tensor: Tensor) -> bool:
+    """Say whether reading `tensor` would wait for a device."""
+    return tensor.device.type != "cpu"
+
+
+def same_device(number: float, like: Tensor) -> Tensor:
+    """Return `number` as a tensor beside `like`, without waiting for the device."""
+    import torch  # noqa: PLC0415 - there is a tensor, so torch is loaded
+
+    return torch.full((), number, device=like.device)
+
+
+def plain_number(name: str, value: object) -> float:
+    """Return `value`, a number or an array or CPU tensor of one element, as a float.
+
+    Raises:
+        TypeError: not a number; bool and str are not.
+        ValueError: more than one element, or an int beyond the floats' range.
+    """
+    found = value
+    size = getattr(value, "size", None)
+    if not isinstance(value, (int, float)) and hasattr(value, "item"):
+        if isinstance(size, int) and size != 1:
+            msg = f"{name!r} must have one element, given {type(value).__name__} of shape {_shape(value)}; reduce it"
+            raise ValueError(msg)
+        found = value.item()
+    if isinstance(found, bool) or not isinstance(found, (numbers.Real, Decimal)):
+        shown = repr(value)
+        msg = (
+            f"{name!r} must be a number or a tensor of one element, given "
+            f"{shown if len(shown) <= 60 else shown[:60] + '...'} ({type(value).__name__})"  # noqa: PLR2004 - fits a line
+        )
+        raise TypeError(msg)
+    try:
+        return float(found)
+    except OverflowError:
+        msg = f"{name!r} is beyond the range of float64: {type(value).__name__} too large"
+        raise ValueError(msg) from None
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))
+
+
+class Bank:
+    """Values on one device that are recorded together: one vector, folded by one stacked operation per record.
+
+    Args:
+        cells: where each element of the vector belongs.
+        reduce: how it folds.
+    """
+
+    __slots__ = ("_reduce", "_values", "_weight", "cells", "order")
+
+    def __init__(self, cells: tuple[Cell, ...], reduce: str) -> None:
+        self.cells = cells
+        self.order = 0
+        self._reduce = reduce
+        self._values: Tensor | None = None
+        self._weight: float | Tensor = 0.0
+
+    def fold(self, tensors: Sequence[Tensor], weight: float | Tensor, order: int) -> None:
+        """Take in one value for each cell, in the current stream. `weight` counts in a mean only."""
+        import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+
+        with torch.no_grad():
+            new = torch.stack([t if t.ndim == 0 else t.reshape(()) for t in tensors])
+            # MPS has no float64: what it folds has float32's precision until it is read.
+            wide = torch.float32 if new.device.type == "mps" else torch.float64
+            if not isinstance(weight, float):
+                weight = weight.reshape(()).to(device=new.device, dtype=wide)
+            if self._reduce == "mean":
+                if self._values is None:
+                    self._values = new.to(wide).mul_(weight)
+                elif isinstance(weight, float) and new.is_floating_point():
+                    self._values.add_(new, alpha=weight)
+                else:
+                    self._values.add_(new.to(wide).mul_(weight))
+                self._weight = weight + self._weight
+            else:
+                if self._values is None or self._reduce == "last":
+                    self._values = new.to(wide, copy=True)
+                elif self._reduce == "sum":
+                    self._values.add_(new)
+                else:
+                    fold = torch.minimum if self._reduce == "min" else torch.maximum
+                    self._values = fold(self._values, new.to(wide))
+                self._weight += 1.0
+        self.order = order
+
+    @property
+    def device(self) -> Any:
+        """Where the values lie."""
+        return None if self._values is None else self._values.device
+
+    def parts(self) -> list[Tensor]:
+        """Return the vectors that hold this bank, to be read with those of others in one transfer."""
+        values = [] if self._values is None else [self._values]
+        return values if isinstance(self._weight, float) else [*values, self._weight.reshape(1)]
+
+    def shares(self, read: Iterator[float]) -> list[tuple[float, float]]:
+        """Return (value, weight) of each cell, given what was read from `parts`."""
+        values = [next(read) for _ in self.cells]
+        weight = self._weight if isinstance(self._weight, float) else next(read)
+        return [(value, weight) for value in values]
+
+
+def read_banks(banks: Iterable[Bank]) -> Iterator[tuple[Bank, list[tuple[float, float]]]]:
+    """Read banks as (value, weight) of each cell, with one transfer per device. Waits for the devices."""
+    by_device: dict[Any, list[Bank]] = {}
+    for bank in banks:
+        by_device.setdefault(bank.device, []).append(bank)
+    for group in by_device.values():
+        import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+
+        read = iter(torch.cat([part for bank in group for part in bank.parts()]).tolist())
+        for bank in group:
+            yield bank, bank.shares(read)
