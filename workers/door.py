@@ -18,7 +18,7 @@ from logsync.coordinator.host import Host, reserve_run_dir
 from logsync.coordinator.messages import INT64_MAX, Settings
 from logsync.coordinator.sinks.base import SinkSet, SinkSpec
 from logsync.workers.launch import choose_transport, restart_count
-from logsync.workers.training_log import TrainingLog
+from logsync.workers.training_log import TrainingLog, open_logs
 from logsync.workers.transports.base import Transport
 
 __all__ = ["connect"]
@@ -83,29 +83,34 @@ def connect(
         max_lease=_checked_lease(max_lease),
     )
     sink_set = SinkSet(sinks)
+    folder = None if run_dir is None else str(Path(run_dir).absolute())
     found = choose_transport(
         transport, timeout_s=settings.timeout, rank=rank, world_size=world_size, process_group=process_group
     )
-    host = _host(settings, sink_set, run_dir, found.world_size) if found.rank == 0 else None
-    log = TrainingLog(found, settings, host)
+    if folder is not None:
+        _refuse_shared_folder(folder, found.rank)
+    host = _host(settings, sink_set, folder, found.world_size) if found.rank == 0 else None
+    log = TrainingLog(found, settings, host, given_run_dir=folder)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
     return log
 
 
-def _host(settings: Settings, sinks: SinkSet, run_dir: str | PathLike[str] | None, world_size: int) -> Host:
-    reserved: Path | None = None
-    if run_dir is not None:
-        folder = str(Path(run_dir).absolute())
-    elif sinks:
-        folder, reserved = reserve_run_dir(settings.name)
-    else:
-        folder = str(Path("runs").absolute())
+def _refuse_shared_folder(folder: str, rank: int) -> None:
+    """Two logs in one folder would take each other's files; every rank sees that alike."""
+    for log in open_logs():
+        if log.given_run_dir == folder and log.rank == rank:
+            msg = f"run_dir {folder} is in use by the open log {log.name!r}; give every log a folder of its own"
+            raise ConfigError(msg)
+
+
+def _host(settings: Settings, sinks: SinkSet, given: str | None, world_size: int) -> Host:
+    folder, reserved = (given, None) if given is not None else reserve_run_dir(settings.name)
     coordinator = Coordinator(
         settings,
         world_size,
         run=secrets.token_hex(8),
         run_dir=folder,
-        keep_run_dir=run_dir is not None,
+        keep_run_dir=given is not None,
         attempt=restart_count(),
     )
     return Host(coordinator, sinks, name=settings.name, world_size=world_size, reserved=reserved)

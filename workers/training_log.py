@@ -28,7 +28,7 @@ from logsync.workers.transports.base import Transport
 from logsync.workers.values import plain_number
 from logsync.workers.window import OpenWindow, Taken, checked_name
 
-__all__ = ["Stats", "TrainingLog"]
+__all__ = ["Stats", "TrainingLog", "open_logs"]
 
 _logger = logging.getLogger(__name__)
 
@@ -58,13 +58,17 @@ class TrainingLog(Ledger):
     `log_frequency` and the rest show what the last reply said. `record` is `OpenWindow.record`.
     """
 
-    def __init__(self, transport: Transport, settings: Settings, host: Host | None) -> None:
+    def __init__(
+        self, transport: Transport, settings: Settings, host: Host | None, *, given_run_dir: str | None = None
+    ) -> None:
         super().__init__(
             transport.rank,
             transport.world_size,
             max_lease=settings.max_lease,
             frequency_type=settings.frequency_type,
         )
+        self.given_run_dir = given_run_dir
+        """The folder that the user chose, None if rank 0 did."""
         self._settings = settings
         self._transport = transport
         self._host = host
@@ -125,6 +129,11 @@ class TrainingLog(Ledger):
         return self.state.last_model_update_step
 
     # -- who and what ------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What tells this log from others of the job."""
+        return self._settings.name
 
     @property
     def rank(self) -> int:
@@ -357,6 +366,11 @@ class TrainingLog(Ledger):
         self._transport.close()
 
 
+def open_logs() -> tuple[TrainingLog, ...]:
+    """Return the logs of this process that are not closed."""
+    return tuple(_open_logs)
+
+
 def _refuse_to_record(*_: object, **__: object) -> None:
     msg = "record() after the log was closed"
     raise LogClosed(msg)
@@ -369,7 +383,7 @@ def _leave_all() -> None:
         if os.getpid() == log._pid:  # noqa: SLF001 - a forked child must not touch its parent's files
             _logger.warning(
                 "log %r was not closed: its last window has rank %d's values only. Use `with connect(...) as log:`",
-                log._settings.name,  # noqa: SLF001
+                log.name,
                 log.rank,
             )
         log._leave()  # noqa: SLF001
