@@ -17,6 +17,7 @@
     ├── TransportError                  the group is lost; every later call raises too
     │   ├── RoundTimeout (TimeoutError)
     │   ├── PeerLost (ConnectionError)
+    │   │   └── PeerFailed          a rank's own code raised, and it left the log
     │   └── CoordinatorLost (ConnectionError)
     ├── RoundInterrupted                this rank left a round half done (a signal, Ctrl-C)
     ├── ForkedProcess                   a forked child used its parent's log
@@ -44,6 +45,7 @@ __all__ = [
     "LaunchError",
     "LogClosed",
     "LogsyncError",
+    "PeerFailed",
     "PeerLost",
     "ProtocolError",
     "ReductionMismatch",
@@ -153,6 +155,10 @@ class RoundTimeout(TransportError, TimeoutError):
 
 class PeerLost(TransportError, ConnectionError):
     """A connection to another rank broke: its process ended or its network did."""
+
+
+class PeerFailed(PeerLost):
+    """A rank left the log because its own code raised; the text says where, and its exception's first line."""
 
 
 class CoordinatorLost(TransportError, ConnectionError):

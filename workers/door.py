@@ -39,6 +39,7 @@ def connect(
     name: str | None = None,
     write: Literal["auto", "explicit"] = "auto",
     timeout: float = 1800.0,
+    warn_after: float = 60.0,
     max_lease: int = 1000,
     rank: int | None = None,
     world_size: int | None = None,
@@ -58,6 +59,8 @@ def connect(
         name: tells logs of one job apart; "train" if not given.
         write: "auto" merges and writes when `log_ready` is True; "explicit" leaves that to `write`.
         timeout: seconds that a round waits for the slowest rank.
+        warn_after: seconds after which a wait is told to the log, with the ranks that are missing, and again every
+            so many seconds.
         max_lease: the most calls in a row that are answered without communication.
         rank, world_size: checked against what the transport finds.
         process_group: the ranks that share the log; all of torch.distributed's if not given.
@@ -85,7 +88,12 @@ def connect(
     sink_set = SinkSet(sinks)
     folder = None if run_dir is None else str(Path(run_dir).absolute())
     found = choose_transport(
-        transport, timeout_s=settings.timeout, rank=rank, world_size=world_size, process_group=process_group
+        transport,
+        timeout_s=settings.timeout,
+        warn_after_s=_checked_seconds("warn_after", warn_after),
+        rank=rank,
+        world_size=world_size,
+        process_group=process_group,
     )
     if folder is not None:
         _refuse_shared_folder(folder, found.rank)

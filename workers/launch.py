@@ -76,6 +76,7 @@ def choose_transport(
     transport: object,
     *,
     timeout_s: float,
+    warn_after_s: float,
     rank: int | None,
     world_size: int | None,
     process_group: object | None,
@@ -87,7 +88,7 @@ def choose_transport(
         ConfigError: it is not known, or `rank` and `world_size` are not what it finds.
         LaunchError: the surroundings do not fit it.
     """
-    chosen = _chosen(transport, timeout_s, process_group, environ)
+    chosen = _chosen(transport, timeout_s, warn_after_s, process_group, environ)
     for name, given, found in (("rank", rank, chosen.rank), ("world_size", world_size, chosen.world_size)):
         if given is not None and given != found:
             msg = f"{name}={given!r} was given, but this process has {name} {found} on transport {chosen.name!r}"
@@ -95,7 +96,9 @@ def choose_transport(
     return chosen
 
 
-def _chosen(transport: object, timeout_s: float, process_group: object | None, environ: Mapping[str, str]) -> Transport:
+def _chosen(
+    transport: object, timeout_s: float, warn_after_s: float, process_group: object | None, environ: Mapping[str, str]
+) -> Transport:
     if not isinstance(transport, str):
         if not all(
             hasattr(transport, member) for member in ("name", "rank", "world_size", "start", "exchange", "close")
@@ -111,7 +114,7 @@ def _chosen(transport: object, timeout_s: float, process_group: object | None, e
         msg = "a process_group was given together with transport='local'"
         raise ConfigError(msg)
     if name == "collective" or process_group is not None or (name == "auto" and _initialized_torch() is not None):
-        return _collective(timeout_s, process_group)
+        return _collective(timeout_s, warn_after_s, process_group)
     if name == "auto":
         _refuse_lonely_rank(environ)
         _logger.info(
@@ -129,7 +132,7 @@ def _initialized_torch() -> Any:
     return distributed
 
 
-def _collective(timeout_s: float, process_group: object | None) -> Transport:
+def _collective(timeout_s: float, warn_after_s: float, process_group: object | None) -> Transport:
     if _initialized_torch() is None:
         msg = (
             "transport='collective' needs an initialised process group: call "
@@ -138,7 +141,7 @@ def _collective(timeout_s: float, process_group: object | None) -> Transport:
         raise LaunchError(msg)
     from logsync.workers.transports.collective import CollectiveTransport  # noqa: PLC0415 - it loads torch
 
-    return CollectiveTransport(timeout_s=timeout_s, process_group=process_group)
+    return CollectiveTransport(timeout_s=timeout_s, warn_after_s=warn_after_s, process_group=process_group)
 
 
 def _refuse_lonely_rank(environ: Mapping[str, str]) -> None:

@@ -117,6 +117,12 @@ class Ledger:
         """How many calls this rank has made."""
         return self._calls + self._lease - self._left
 
+    def position(self) -> tuple[int, Step]:
+        """Return the number and step of the last call, for messages; may be asked from any thread."""
+        calls, left = self.calls, self._left
+        step = self._steps[left + 1] if left < self._lease else self._current
+        return calls, step if isinstance(step, (int, float)) and not isinstance(step, bool) else None
+
     @property
     def state(self) -> State:
         """Where the job's logging stood at the last reply."""

@@ -287,7 +287,7 @@ class TrainingLog(Ledger):
         """
         hello = encode_hello(Hello(self._rank, self._world_size, version, self._settings))
         try:
-            self._transport.start(self._host.handle if self._host is not None else None)
+            self._transport.start(self._host.handle if self._host is not None else None, self.position)
             self._accept(self._exchange(hello, patient=False))
         except BaseException:
             self._let_go()
@@ -305,7 +305,8 @@ class TrainingLog(Ledger):
         if kind is None:
             self.close()
         else:
-            self._leave()
+            first_line = str(error).strip().split("\n")[0]
+            self._leave(f"{kind.__name__}: {first_line}")
 
     def close(self) -> None:
         """End the log: wait until every rank has closed, write what is recorded, flush the sinks.
@@ -338,7 +339,7 @@ class TrainingLog(Ledger):
             if self._host is not None:
                 self._host.release()
 
-    def _leave(self) -> None:
+    def _leave(self, reason: str | None = None) -> None:
         """End the log without waiting for anybody; the coordinator writes what it has."""
         if self not in _open_logs:
             return
@@ -350,20 +351,20 @@ class TrainingLog(Ledger):
                 self._host.leave(self._rank, self._window.take().message, self._last_step(), self.calls)
             except LogsyncError:
                 _logger.exception("could not write the last window of rank %d", self._rank)
-        self._let_go()
+        self._let_go(reason)
 
     def _last_step(self) -> LogStepType:
         self._settle()
         return self._current
 
-    def _let_go(self) -> None:
+    def _let_go(self, reason: str | None = None) -> None:
         if self._unusable is None:
             self._unusable = LogClosed("the log is closed")
         self._lease = self._left = self._parked = 0
         self.record = _refuse_to_record
+        self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()
-        self._transport.close()
 
 
 def open_logs() -> tuple[TrainingLog, ...]:

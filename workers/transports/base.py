@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-__all__ = ["Root", "Transport"]
+__all__ = ["Position", "Root", "Transport"]
 
 Root = Callable[[Sequence[bytes | bytearray | memoryview]], bytes]
 """The root's side of a round: all ranks' frames, by rank, to the reply. It never raises."""
+
+Position = Callable[[], tuple[int, int | float | None]]
+"""Where this rank is: the number and the step of its last call. May be asked from any thread."""
 
 
 class Transport(Protocol):
@@ -35,8 +38,12 @@ class Transport(Protocol):
     rank: int
     world_size: int
 
-    def start(self, root: Root | None) -> None:
-        """Make ready; called once, before the first round, with the root's function on rank 0 and None elsewhere.
+    def start(self, root: Root | None, position: Position | None = None) -> None:
+        """Make ready; called once, before the first round.
+
+        Args:
+            root: the root's function on rank 0, None elsewhere.
+            position: tells where this rank is, for the error of another rank that misses it.
 
         Raises:
             CollectiveSetupError: the group could not be built.
@@ -52,8 +59,13 @@ class Transport(Protocol):
         Raises:
             FrameTooLarge: on all ranks alike, if one rank's frame is more than the transport carries.
             RoundTimeout: a rank did not come.
-            PeerLost, CoordinatorLost: a connection broke.
+            PeerFailed: a rank left and gave its reason.
+            PeerLost, CoordinatorLost: a rank ended, or the connection to it broke.
         """
 
-    def close(self) -> None:
-        """Let go of the group without waiting for anybody; a second call does nothing."""
+    def close(self, reason: str | None = None) -> None:
+        """Let go of the group without waiting for anybody; a second call does nothing.
+
+        Args:
+            reason: why this rank leaves before the end; the others' next round fails, and their error says it.
+        """

@@ -10,23 +10,20 @@ import struct
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from logsync.coordinator.errors import (
     CollectiveSetupError,
-    CoordinatorLost,
     FrameTooLarge,
     LogsyncError,
-    PeerLost,
-    RoundTimeout,
-    TransportError,
     printable,
 )
 from logsync.coordinator.messages import MAX_FRAME
-from logsync.workers.transports.base import Root
+from logsync.workers.transports.base import Position, Root
+from logsync.workers.transports.watch import Watch
 
 __all__ = ["CollectiveTransport"]
 
@@ -51,12 +48,13 @@ class CollectiveTransport:
 
     Args:
         timeout_s: how long a round waits for the slowest rank.
+        warn_after_s: how often the wait is told to the log, with the ranks that are missing.
         process_group: its ranks take part; all ranks if None.
     """
 
     name = "collective"
 
-    def __init__(self, *, timeout_s: float, process_group: Any = None) -> None:
+    def __init__(self, *, timeout_s: float, warn_after_s: float = 60.0, process_group: Any = None) -> None:
         self.rank = dist.get_rank(process_group)
         self.world_size = dist.get_world_size(process_group)
         if self.rank < 0:
@@ -66,38 +64,54 @@ class CollectiveTransport:
         # Named by their ranks, so that no reference to the user's group is kept.
         self._members = None if process_group is None else dist.get_process_group_ranks(process_group)
         self._jobs: queue.SimpleQueue[tuple[bytes, bool] | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[bytes | LogsyncError | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[bytes | LogsyncError | _Broken | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._watch = Watch(self.rank, self.world_size, timeout_s=timeout_s, warn_after_s=warn_after_s)
 
-    def start(self, root: Root | None) -> None:
+    def start(self, root: Root | None, position: Position | None = None) -> None:
         """Build the group; collective over its ranks."""
+        if position is not None:
+            self._watch.position = position
         self._thread = threading.Thread(target=self._serve, args=(root,), name="logsync", daemon=True)
         self._thread.start()
-        self._outcome()
+        self._outcome(patient=False)
 
     def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
         """Have the thread make a round, and wait for it."""
         self._jobs.put((frame, patient))
-        reply = self._outcome()
+        reply = self._outcome(patient=patient)
         if reply is None:
             msg = "the transport answered without a reply"
             raise RuntimeError(msg)
+        self._watch.round_done(reply)
         return reply
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """Stop the thread and let go of the group, if it is not stuck in a collective."""
         thread, self._thread = self._thread, None
-        if thread is not None:
-            self._jobs.put(None)
-            # A live group at the interpreter's end can abort the process, so the thread gets time to drop it.
-            thread.join(timeout=2.0)
+        if thread is None:
+            return
+        if reason is not None:
+            self._watch.leave(reason)
+        self._jobs.put(None)
+        # A live group at the interpreter's end can abort the process, so the thread gets time to drop it.
+        thread.join(timeout=2.0)
 
-    def _outcome(self) -> bytes | None:
-        # SimpleQueue.get waits in a way that lets signal handlers run.
-        outcome = self._outcomes.get()
-        if isinstance(outcome, LogsyncError):
-            raise outcome
-        return outcome
+    def _outcome(self, *, patient: bool) -> bytes | None:
+        started = time.monotonic()
+        pause = self._watch.first_pause_s
+        while True:
+            try:
+                # SimpleQueue.get waits in a way that lets signal handlers run.
+                outcome = self._outcomes.get(timeout=pause)
+            except queue.Empty:
+                pause = self._watch.waiting(time.monotonic() - started, patient=patient)
+                continue
+            if isinstance(outcome, _Broken):
+                raise self._watch.explain(outcome.detail, outcome.waited_s)
+            if isinstance(outcome, LogsyncError):
+                raise outcome
+            return outcome
 
     # -- the thread --------------------------------------------------------------------------------------------
 
@@ -108,16 +122,22 @@ class CollectiveTransport:
             self._outcomes.put(_setup_error(error, self._timeout_s))
             return
         self._outcomes.put(None)
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._watch.beat_s)
+            except queue.Empty:
+                self._watch.idle()
+                continue
+            if job is None:
+                break
             outcome = wire.exchange(*job)
-            del job
-            if isinstance(outcome, TransportError):
+            if isinstance(outcome, _Broken):
                 # Before the caller hears of it: dropping the group frees the other ranks at once.
                 wire.drop()
                 self._outcomes.put(outcome)
                 return
             self._outcomes.put(outcome)
-            del outcome
+            del job, outcome
         wire.drop()
 
     def _new_group(self) -> Any:
@@ -127,6 +147,13 @@ class CollectiveTransport:
         return dist.new_group(
             self._members, timeout=timeout, backend="gloo", use_local_synchronization=True, group_desc="logsync"
         )
+
+
+class _Broken(NamedTuple):
+    """The group is lost: the first line of what gloo said, and how long the round had waited."""
+
+    detail: str
+    waited_s: float
 
 
 class _Wire:
@@ -165,7 +192,7 @@ class _Wire:
         with contextlib.suppress(Exception):
             dist.destroy_process_group(group)
 
-    def exchange(self, frame: bytes, patient: bool) -> bytes | LogsyncError:  # noqa: FBT001 - a job's two halves
+    def exchange(self, frame: bytes, patient: bool) -> bytes | LogsyncError | _Broken:  # noqa: FBT001 - a job's two halves
         """Return the reply, or the error that took its place."""
         started = time.monotonic()
         patience = _PATIENCE if patient else timedelta(seconds=self._timeout_s)
@@ -177,8 +204,8 @@ class _Wire:
                 if status == _REFUSED:
                     return FrameTooLarge(printable(reply.decode(errors="replace")))
         except Exception as error:  # noqa: BLE001 - gloo raises RuntimeError, torch several kinds
-            # A new error: the old one's traceback holds references to the group.
-            return self._lost(printable(str(error).strip().split("\n")[0], 300), time.monotonic() - started)
+            # Only its text: the error's traceback holds references to the group.
+            return _Broken(printable(str(error).strip().split("\n")[0], 300), time.monotonic() - started)
 
     def _round(self, frame: bytes, patience: timedelta, *, patient: bool) -> tuple[int, bytes]:
         self._pack(frame)
@@ -258,24 +285,6 @@ class _Wire:
         options.rootRank = 0
         options.timeout = patience
         self._group.broadcast([tensor], options).wait()
-
-    def _lost(self, text: str, elapsed_s: float) -> TransportError:
-        if elapsed_s >= 0.9 * self._timeout_s:
-            msg = (
-                f"rank {self._rank} waited {elapsed_s:.1f} s for a round (timeout {self._timeout_s:g} s) and not every "
-                f"rank came. Look for a rank that died, hangs, or called log_ready() less often. gloo says: {text}"
-            )
-            return RoundTimeout(msg)
-        if self._rank == 0:
-            msg = (
-                f"rank 0 lost the connection to another rank in a round: its process ended, or left. gloo says: {text}"
-            )
-            return PeerLost(msg)
-        msg = (
-            f"rank {self._rank} lost the group in a round: rank 0 ended or gave the round up, or a rank on the way "
-            f"of the reply ended. gloo says: {text}"
-        )
-        return CoordinatorLost(msg, ranks=(0,))
 
 
 def _slot_for(length: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from logsync.workers.transports.base import Root
+from logsync.workers.transports.base import Position, Root
 
 __all__ = ["LocalTransport"]
 
@@ -17,7 +17,7 @@ class LocalTransport:
     def __init__(self) -> None:
         self._root: Root | None = None
 
-    def start(self, root: Root | None) -> None:
+    def start(self, root: Root | None, position: Position | None = None) -> None:  # noqa: ARG002 - nobody asks
         """Keep the root."""
         self._root = root
 
@@ -28,6 +28,6 @@ class LocalTransport:
             raise RuntimeError(msg)
         return self._root([frame])
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:  # noqa: ARG002 - nobody to tell
         """Let go of the root."""
         self._root = None

@@ -6,10 +6,10 @@ import copy
 import threading
 import time
 
-from logsync.coordinator.errors import FrameTooLarge, PeerLost, RoundTimeout
+from logsync.coordinator.errors import FrameTooLarge, PeerFailed, PeerLost, RoundTimeout, printable
 from logsync.coordinator.messages import MAX_FRAME
 from logsync.coordinator.rounds import Round
-from logsync.workers.transports.base import Root
+from logsync.workers.transports.base import Position, Root
 
 __all__ = ["ThreadTransport", "ThreadWorld"]
 
@@ -32,6 +32,7 @@ class ThreadWorld:
         self._too_large: str | None = None
         self._outcomes: dict[int, bytes | Exception] = {}  # by round; kept for the ranks that have not fetched theirs
         self._unfetched: dict[int, int] = {}
+        self._positions: dict[int, Position] = {}
         self._lost: Exception | None = None
 
     def _serve(self, root: Root) -> None:
@@ -74,7 +75,8 @@ class ThreadWorld:
         if self._lost is not None:
             raise copy.copy(self._lost)
         if deadline is not None and time.monotonic() >= deadline:
-            msg = f"ranks {list(this.missing)} did not come to round {this.number} within {self._timeout_s} s"
+            missing = ", ".join(self._place(rank) for rank in this.missing[:8])
+            msg = f"{missing} did not come to round {this.number} within {self._timeout_s:g} s"
             self._lose(RoundTimeout(msg, ranks=this.missing, round=this.number))
             return
         # In slices: a thread that waits without a timeout cannot be interrupted by Ctrl-C on every platform.
@@ -84,10 +86,22 @@ class ThreadWorld:
         self._lost = error
         self._changed.notify_all()
 
-    def _leave(self, rank: int) -> None:
+    def _leave(self, rank: int, reason: str | None) -> None:
         with self._changed:
-            if self._lost is None:
+            if self._lost is not None:
+                return
+            if reason is None:
                 self._lose(PeerLost(f"rank {rank} left the group", ranks=(rank,)))
+            else:
+                msg = f"{self._place(rank)} left the log, because its code raised {printable(reason, 500)}"
+                self._lose(PeerFailed(msg, ranks=(rank,)))
+
+    def _place(self, rank: int) -> str:
+        position = self._positions.get(rank)
+        if position is None:
+            return f"rank {rank}"
+        call, step = position()
+        return f"rank {rank} (call {call}, step {step})"
 
 
 class ThreadTransport:
@@ -100,15 +114,17 @@ class ThreadTransport:
         self.world_size = world_size
         self._world = world
 
-    def start(self, root: Root | None) -> None:
+    def start(self, root: Root | None, position: Position | None = None) -> None:
         """Hand the root to the world."""
+        if position is not None:
+            self._world._positions[self.rank] = position  # noqa: SLF001 - the two classes are one thing
         if root is not None:
-            self._world._serve(root)  # noqa: SLF001 - the two classes are one thing
+            self._world._serve(root)  # noqa: SLF001
 
     def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
         """Wait for the other threads; the last one to come runs the root."""
         return self._world._exchange(self.rank, frame, patient=patient)  # noqa: SLF001
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """Leave: the others' next round fails."""
-        self._world._leave(self.rank)  # noqa: SLF001
+        self._world._leave(self.rank, reason)  # noqa: SLF001

@@ -1,0 +1,154 @@
+"""Notes that ranks leave for each other in the job's store, to find out who is missing when something goes wrong.
+
+Nothing here is on the path of a healthy round. Store clients have no deadlines of their own (a get with a timeout of
+5 s was seen to take over 60 s under a partition), so every access runs on a thread that is given up after a while.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from logsync.coordinator.errors import Step
+
+__all__ = ["Note", "Notes", "Verdict", "pid_space", "within"]
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_Text = Annotated[str, Meta(max_length=2000)]
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """Where one rank stands.
+
+    Attributes:
+        doing: "idle" between rounds, "waiting" in `round`, "failed" in `round`, or "left" by an exception.
+        beat: grows while the process lives.
+        call, step: of the rank's last call.
+        host, pid, pid_space: its process; a pid means something to ranks with the same host and pid_space only.
+        dead: ranks on its own host whose processes are gone.
+        text: the first line of the exception it left by.
+    """
+
+    doing: Literal["idle", "waiting", "failed", "left"]
+    round: int
+    beat: int
+    call: int
+    step: Step
+    host: _Text
+    pid: int
+    pid_space: _Text
+    dead: Annotated[tuple[int, ...], Meta(max_length=4096)] = ()
+    text: _Text = ""
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """What the root found out about a failed round: the kind of error for all ranks, and its text."""
+
+    round: int
+    kind: Literal["timeout", "lost", "failed"]
+    ranks: Annotated[tuple[int, ...], Meta(max_length=4096)]
+    text: _Text
+
+
+class Notes:
+    """The notes of one log, in the job's store.
+
+    Args:
+        store: the job's; cloned twice, since one client serialises what threads do with it, and never used itself.
+        prefix: tells this log's notes from those of others and of earlier attempts.
+    """
+
+    def __init__(self, store: Any, prefix: str, rank: int, world_size: int) -> None:
+        self._writer = store.clone()
+        self._reader = store.clone()
+        self._prefix = f"logsync/{prefix}"
+        self._rank = rank
+        self._world_size = world_size
+
+    def leave(self, note: Note) -> None:
+        """Replace this rank's note."""
+        self._writer.set(f"{self._prefix}/{self._rank}", msgspec.json.encode(note).decode())
+
+    def read(self) -> dict[int, Note]:
+        """Return all ranks' notes, without those that are missing or cannot be read."""
+        keys = {f"{self._prefix}/{rank}": rank for rank in range(self._world_size)}
+        there = list(keys) if self._reader.check(list(keys)) else [key for key in keys if self._reader.check([key])]
+        found = {}
+        for key, data in zip(there, self._reader.multi_get(there) if there else [], strict=True):
+            note = _decoded(data, Note)
+            if note is not None:
+                found[keys[key]] = note
+        return found
+
+    def judge(self, verdict: Verdict) -> None:
+        """Leave the root's verdict for the others."""
+        self._writer.set(f"{self._prefix}/verdict", msgspec.json.encode(verdict).decode())
+
+    def verdict(self) -> Verdict | None:
+        """Return the root's verdict, if it has left one."""
+        key = f"{self._prefix}/verdict"
+        return _decoded(self._reader.get(key), Verdict) if self._reader.check([key]) else None
+
+
+def _decoded(data: bytes, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def within(seconds: float, work: Callable[[], T]) -> tuple[T] | None:
+    """Return what `work` returns, in a tuple, or None if it raises or takes longer; then its thread is given up."""
+    results: list[T] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:  # noqa: BLE001 - notes are a help, never a reason to fail
+            _logger.debug("the job's store did not answer: %s", error)
+
+    thread = threading.Thread(target=run, name="logsync-notes", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return (results[0],) if results else None
+
+
+def pid_space() -> str:
+    """Return what pids of this process's host are relative to: containers have their own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def dead_neighbours(notes: dict[int, Note]) -> tuple[int, ...]:
+    """Return the ranks of this host whose processes have ended."""
+    here = (socket.gethostname(), pid_space())
+    return tuple(rank for rank, note in notes.items() if (note.host, note.pid_space) == here and _ended(note.pid))
+
+
+def _ended(pid: int) -> bool:
+    try:
+        # A killed process that its launcher has not reaped yet is a zombie: it ended, too.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:1] in ([b"Z"], [b"X"])
+    except FileNotFoundError:
+        return Path("/proc/self").exists()
+    except OSError:
+        return False
+
+
+def ranks_text(ranks: Iterable[int] | Sequence[int]) -> str:
+    """Return "rank 3" or "ranks 1, 2, 5 and 12 more"."""
+    listed = sorted(ranks)
+    shown = ", ".join(map(str, listed[:16]))
+    more = f" and {len(listed) - 16} more" if len(listed) > 16 else ""  # noqa: PLR2004 - fits a line
+    return f"{'rank' if len(listed) == 1 else 'ranks'} {shown}{more}"

@@ -1,0 +1,222 @@
+"""While a rank waits: tell the others where it is, warn about who is missing, and find out why a round failed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+
+from logsync.coordinator.errors import PeerFailed, ProtocolError, RoundTimeout, TransportError
+from logsync.coordinator.messages import decode_decision
+from logsync.workers.transports.base import Position
+from logsync.workers.transports.notes import Note, Notes, dead_neighbours, pid_space, ranks_text, within
+from logsync.workers.transports.postmortem import error_of_verdict, heard_of, judge, last_known, leavers
+
+__all__ = ["Watch"]
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STORE_S = 2.0  # what the store gets to answer
+_ROOT_ASKS_S = 1.5  # how long the root waits for the others' notes before it judges
+_OTHERS_ASK_S = 3.0  # how long the others wait for its verdict
+
+
+class Watch:
+    """One rank's part in knowing who is where; it never communicates while rounds are healthy and quick.
+
+    Args:
+        timeout_s, warn_after_s: as given to `connect`.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, timeout_s: float, warn_after_s: float) -> None:
+        self.position: Position = _nowhere
+        self.first_pause_s = min(1.0, timeout_s / 8, warn_after_s)
+        self.beat_s = max(0.05, min(warn_after_s, timeout_s / 4))
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._warn_after_s = warn_after_s
+        self._notes: Notes | None = None
+        self._round = 0
+        self._beat = 0
+        self._warned_s = 0.0
+        self._beats: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
+
+    def round_done(self, reply: bytes) -> None:
+        """Note that a round is complete; the first one tells the run, and with it where the notes are."""
+        self._round += 1
+        if self._round == 1:
+            self._begin(reply)
+
+    def idle(self) -> None:
+        """Show that this process lives; called every `beat_s` between rounds."""
+        self._leave("idle")
+
+    def waiting(self, waited_s: float, *, patient: bool) -> float:
+        """Tell that this rank waits; warn if it has been long. Returns seconds until the next call.
+
+        Raises:
+            RoundTimeout: a patient rank's peers do not show that they live.
+            PeerFailed: a patient rank's peer has left.
+        """
+        if waited_s < 2 * self.first_pause_s:
+            self._warned_s = 0.0
+            self._beats.clear()
+        self._leave("waiting")
+        warns = waited_s - self._warned_s >= 0.99 * self._warn_after_s
+        if (warns or patient) and self._notes is not None:
+            notes = self._read()
+            if patient:
+                self._check_beats(notes)
+            if warns:
+                self._warned_s = waited_s
+                self._warn(notes, waited_s, patient=patient)
+        return max(0.05, min(self._warn_after_s - (waited_s - self._warned_s), self.beat_s))
+
+    def leave(self, reason: str) -> None:
+        """Leave the reason why this rank goes, for at most 2 s."""
+        self._leave("left", text=reason[:2000])
+
+    def explain(self, detail: str, waited_s: float) -> TransportError:
+        """Return the error for a round that failed: the root's verdict, or what can be known without it."""
+        seen = self._read()
+        dead = dead_neighbours(seen)
+        self._leave("failed", dead=dead)
+        if self._rank and 0 not in dead:
+            found = self._verdict_of_root()
+            if found is not None:
+                return found
+        seen = self._ask_all(0.0 if self._rank else _ROOT_ASKS_S) or seen
+        verdict = judge(
+            seen,
+            rank=self._rank,
+            world_size=self._world_size,
+            round_number=self._round,
+            waited_s=waited_s,
+            timeout_s=self._timeout_s,
+            detail=_gist(detail),
+        )
+        if self._rank == 0:
+            self._ask(lambda notes: notes.judge(verdict))
+        return error_of_verdict(verdict)
+
+    def _begin(self, reply: bytes) -> None:
+        store = _default_store()
+        try:
+            run = decode_decision(reply).run
+        except ProtocolError:
+            return
+        if store is not None and run:
+            made = within(_STORE_S, lambda: Notes(store, run, self._rank, self._world_size))
+            self._notes = made[0] if made else None
+            self._leave("idle")
+
+    def _ask(self, question: Callable[[Notes], T]) -> T | None:
+        """Have the store answer within 2 s; one that does not is not asked again."""
+        notes = self._notes
+        if notes is None:
+            return None
+        answer = within(_STORE_S, lambda: question(notes))
+        if answer is None:
+            self._notes = None
+            return None
+        return answer[0]
+
+    def _read(self) -> dict[int, Note]:
+        return self._ask(Notes.read) or {}
+
+    def _leave(
+        self, doing: Literal["idle", "waiting", "failed", "left"], *, dead: tuple[int, ...] = (), text: str = ""
+    ) -> None:
+        if self._notes is None:
+            return
+        self._beat += 1
+        call, step = self.position()
+        note = Note(
+            doing, self._round, self._beat, call, step, socket.gethostname(), os.getpid(), pid_space(), dead, text
+        )
+        self._ask(lambda notes: notes.leave(note))
+
+    def _warn(self, notes: dict[int, Note], waited_s: float, *, patient: bool) -> None:
+        present = heard_of(notes, self._round) | {self._rank}
+        missing = set(range(self._world_size)) - present
+        # One voice: the root's, or if it is late itself the lowest waiting rank's. A rank that has closed is patient.
+        if missing and self._rank == min(present) and not patient:
+            _logger.warning(
+                "round %d has waited %.0f s for %s: %s",
+                self._round,
+                waited_s,
+                ranks_text(missing),
+                last_known(missing, notes),
+            )
+
+    def _check_beats(self, notes: dict[int, Note]) -> None:
+        """Let a patient rank go when a peer shows no life for the timeout."""
+        now = time.monotonic()
+        gone = leavers(notes)
+        if gone:
+            verdict = judge(
+                notes,
+                rank=self._rank,
+                world_size=self._world_size,
+                round_number=self._round,
+                waited_s=0.0,
+                timeout_s=self._timeout_s,
+                detail="nothing",
+            )
+            raise PeerFailed(verdict.text, ranks=verdict.ranks, round=self._round)
+        for rank in set(range(self._world_size)) - {self._rank}:
+            beat = notes[rank].beat if rank in notes else -1
+            if self._beats.get(rank, (None, 0.0))[0] != beat:
+                self._beats[rank] = (beat, now)
+        silent = [rank for rank, (_, since) in self._beats.items() if now - since > self._timeout_s]
+        if silent:
+            msg = (
+                f"rank {self._rank} has closed and waits for the others, but {ranks_text(silent)} showed no life for "
+                f"{self._timeout_s:g} s: {last_known(silent, notes)}"
+            )
+            raise RoundTimeout(msg, ranks=tuple(silent), round=self._round)
+
+    def _verdict_of_root(self) -> TransportError | None:
+        deadline = time.monotonic() + _OTHERS_ASK_S
+        while self._notes is not None and time.monotonic() < deadline:
+            verdict = self._ask(Notes.verdict)
+            if verdict is not None and verdict.round >= self._round:
+                return error_of_verdict(verdict)
+            time.sleep(0.05)
+        return None
+
+    def _ask_all(self, patience_s: float) -> dict[int, Note]:
+        """Read the notes until every rank has left one for this round or is known to be dead, or patience ends."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            seen = self._read()
+            known = heard_of(seen, self._round).union(*(note.dead for note in seen.values()))
+            if len(known) >= self._world_size or self._notes is None or time.monotonic() >= deadline:
+                return seen
+            time.sleep(0.05)
+
+
+def _gist(detail: str) -> str:
+    """Return what gloo said without the path of its source file and its advice."""
+    return re.sub(r"^\[[^\]]*\] *", "", detail).partition(". This is typically")[0]
+
+
+def _nowhere() -> tuple[int, None]:
+    return 0, None
+
+
+def _default_store() -> Any:
+    """Return the job's store; None where torch does not show one, and then errors name nobody."""
+    try:
+        return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
+    except (AttributeError, ValueError, RuntimeError):
+        return None
