@@ -17,7 +17,6 @@ from logsync.coordinator.errors import (
     CoordinatorFailed,
     FrameTooLarge,
     LogsyncError,
-    RoundMismatch,
     StateMismatch,
     Step,
     agreed_error,
@@ -41,7 +40,7 @@ from logsync.coordinator.messages import (
     failure_of,
 )
 from logsync.coordinator.reduction import Partials
-from logsync.coordinator.rounds import check_hellos, read_hellos, read_reports
+from logsync.coordinator.rounds import check_hellos, read_hellos, read_reports, step_mismatch
 
 __all__ = ["Coordinator"]
 
@@ -145,7 +144,7 @@ class Coordinator:
 
         notices: list[str] = []
         self._cadence.observe(counting.rhythm)
-        self._fold(reports, counting.rhythm, notices)
+        self._fold(reports, counting, notices)
 
         manager = self.frequency_manager
         ready = kind == "decision" and manager.log_ready(counting.step, counting.check_model_update)
@@ -246,13 +245,13 @@ class Coordinator:
         ours_then, ours = before[counting.rank], now[counting.rank]
         moved = [r for r, s in now.items() if r in before and s - ours != before[r] - ours_then]
         if moved:
-            raise _mismatch(moved, before, now, active)
+            raise step_mismatch(moved, before, now, active)
 
-    def _fold(self, reports: list[Report], rhythm: Rhythm, notices: list[str]) -> None:
+    def _fold(self, reports: list[Report], counting: Report, notices: list[str]) -> None:
         """Bring the frequency manager up to date: settings, then everything that ranks reported, in order of calls."""
         self._fold_settings(reports, notices)
         manager = self.frequency_manager
-        timeline: list[tuple[int, int, int, Event | None]] = []
+        timeline: list[tuple[int, int, int, Event | Step]] = []
         marked: dict[int, int] = {}  # by call, the lowest rank that marked a log as written
         for report in reports:
             for index, event in enumerate(report.events):
@@ -263,16 +262,28 @@ class Coordinator:
                 # A reset beats updates of earlier calls; any rank's update beats a reset of its own call.
                 reset = event.kind == "update" and event.value is None
                 timeline.append((event.call, -1 if reset else report.rank, index, event))
-        if rhythm.least is not None:
-            timeline.append((rhythm.least_call, self._world_size, 0, None))
+        # Where the counting rank's step lay after it went back, and where it is now: a log may be marked ahead of it.
+        falls = [*counting.rhythm.falls]
+        if counting.kind == "decision" and counting.step is not None:
+            falls.append((counting.call, counting.step))
+        timeline += [(call, self._world_size, index, step) for index, (call, step) in enumerate(falls)]
+        fell_from: Step = None
         for _, _, _, happened in sorted(timeline, key=lambda item: item[:3]):
-            if happened is None:
-                self._roll_back(rhythm.least, notices)
+            if not isinstance(happened, Event):
+                last = manager.last_log_step
+                if self._roll_back(happened) and fell_from is None:
+                    fell_from = last
             elif happened.kind == "written":
                 manager.log_written(happened.value)
             else:
                 step, last = happened.value, manager.last_model_update_step
                 manager.model_updated(step if step is None or last is None else max(step, last))
+        if fell_from is not None:
+            notices.append(
+                f"the step went back behind the last log at step {fell_from}: counting starts again from step "
+                f"{manager.last_log_step}. If the run was resumed from a checkpoint, load_state_dict() keeps the "
+                "cadence and the log file in order"
+            )
 
     def _fold_settings(self, reports: list[Report], notices: list[str]) -> None:
         said = [(e.call, r.rank, e.value) for r in reports for e in r.events if e.kind == "frequency"]
@@ -289,18 +300,16 @@ class Coordinator:
                 f"at call {newest}; {chosen} is taken, the lowest rank's"
             )
 
-    def _roll_back(self, least: Step, notices: list[str]) -> None:
+    def _roll_back(self, step: Step) -> bool:
+        """Count from `step` if it lies behind the last log; say whether it does."""
         manager = self.frequency_manager
         last = manager.last_log_step
-        if last is None or least is None or least >= last:
-            return
-        manager.log_written(least)
+        if last is None or step is None or step >= last:
+            return False
+        manager.log_written(step)
         manager.model_updated(None)
         self._cadence.clear()
-        notices.append(
-            f"the step went back to {least}, behind the last log at step {last}: counting starts again from {least}. "
-            "If the run was resumed from a checkpoint, load_state_dict() keeps the cadence and the log file in order"
-        )
+        return True
 
     def _count_waiting(self, counting: Report, notices: list[str], *, ready: bool) -> None:
         """Say once when rounds are made at every call only because no update comes."""
@@ -384,19 +393,3 @@ def _check_faults(reports: list[Report]) -> None:
             error = agreed_error(fault.kind)
             msg = f"rank {report.rank}, call {fault.call}: {fault.text}"
             raise (error if error in (BadType, BadValue) else BadValue)(msg, ranks=(report.rank,), call=fault.call)
-
-
-def _mismatch(moved: list[int], then: dict[int, int], now: dict[int, int], reports: list[Report]) -> RoundMismatch:
-    """Word the error for ranks whose distance to the counting rank, the first of `reports`, has changed."""
-    rank, counting = moved[0], reports[0].rank
-    ahead_then = then[rank] - then[counting]
-    where = "equal" if ahead_then == 0 else f"{abs(ahead_then)} steps apart"
-    more = f" (and {len(moved) - 1} more ranks)" if len(moved) > 1 else ""
-    msg = (
-        f"rank {rank}{more} is at step {now[rank]} while rank {counting} is at step {now[counting]}; at the last round "
-        f"(rank {counting} at step {then[counting]}) the two were {where}. One of them called log_ready() more often "
-        "than the other, or counts its steps differently. Every rank must call it equally often -- look for a call "
-        "under `if rank == ...`, or a loader that ended early on one rank"
-    )
-    call = next(r.call for r in reports if r.rank == rank)
-    return RoundMismatch(msg, ranks=tuple(moved), call=call, step=now[rank])

@@ -18,6 +18,7 @@ from logsync.coordinator.errors import LogsyncError, ProtocolError, agreed_error
 __all__ = [
     "HELLO_SIZE",
     "INT64_MAX",
+    "MAX_FALLS",
     "MAX_FRAME",
     "MAX_NAME",
     "PROTOCOL",
@@ -57,6 +58,7 @@ MAX_FRAME = 16 * 2**20
 
 INT64_MAX = 2**63 - 1
 MAX_NAME = 256
+MAX_FALLS = 64
 _MAX_KEYS = 65_536
 _MAX_METRICS = 2**20  # spread and per_rank multiply keys
 _MAX_EVENTS = 65_536
@@ -140,15 +142,15 @@ class Rhythm(msgspec.Struct, frozen=True, array_like=True):
         gap: the fewest calls between two changes of the step, None if there were not two.
         since: calls since the last change; 0 if the last call changed it.
         current: the step of the last call.
-        least: the smallest step, and `least_call` the first call that had it.
+        falls: where the step went back, as (call, step) in order of calls; the first call of all counts as one. At
+            most 64, those that went back furthest.
     """
 
     rise: _MaybeStep = None
     gap: _Natural | None = None
     since: _Natural = 0
     current: _MaybeStep = None
-    least: _MaybeStep = None
-    least_call: _Natural = 0
+    falls: Annotated[tuple[tuple[_Natural, _Number], ...], Meta(max_length=MAX_FALLS)] = ()
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from logsync.coordinator.errors import ConfigMismatch, ProtocolError, RoundMismatch, printable
 from logsync.coordinator.messages import PROTOCOL, Hello, Report, decode_hello, decode_report
 
-__all__ = ["Round", "check_hellos", "read_hellos", "read_reports"]
+__all__ = ["Round", "check_hellos", "read_hellos", "read_reports", "step_mismatch"]
 
 
 class Round:
@@ -129,3 +129,21 @@ def _check_kinds(reports: Sequence[Report], number: int) -> None:
         f"the same method at the same place -- look for a write() or log_ready() under `if rank == ...`"
     )
     raise RoundMismatch(msg, ranks=ranks, call=few[0].call, step=few[0].step, round=number)
+
+
+def step_mismatch(
+    moved: Sequence[int], then: dict[int, int], now: dict[int, int], reports: Sequence[Report]
+) -> RoundMismatch:
+    """Word the error for ranks whose distance to the counting rank, the first of `reports`, has changed."""
+    rank, counting = moved[0], reports[0].rank
+    ahead_then = then[rank] - then[counting]
+    where = "equal" if ahead_then == 0 else f"{abs(ahead_then)} steps apart"
+    more = f" (and {len(moved) - 1} more ranks)" if len(moved) > 1 else ""
+    msg = (
+        f"rank {rank}{more} is at step {now[rank]} while rank {counting} is at step {now[counting]}; at the last round "
+        f"(rank {counting} at step {then[counting]}) the two were {where}. One of them called log_ready() more often "
+        "than the other, or counts its steps differently. Every rank must call it equally often -- look for a call "
+        "under `if rank == ...`, or a loader that ended early on one rank"
+    )
+    call = next(r.call for r in reports if r.rank == rank)
+    return RoundMismatch(msg, ranks=tuple(moved), call=call, step=now[rank])

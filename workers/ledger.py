@@ -11,6 +11,7 @@ from logsync.coordinator.errors import BadType, BadValue, ProtocolError, Step
 from logsync.coordinator.frequency import LogStepType, checked_frequency, checked_step
 from logsync.coordinator.messages import (
     INT64_MAX,
+    MAX_FALLS,
     PROTOCOL,
     Decision,
     Event,
@@ -58,13 +59,12 @@ class Ledger:
         "_current",
         "_entry_call",
         "_events",
+        "_falls",
         "_fault",
         "_finished",
         "_frequency_type",
         "_gap",
         "_lease",
-        "_least",
-        "_least_call",
         "_left",
         "_previous",
         "_rank",
@@ -103,8 +103,7 @@ class Ledger:
         self._since = 0
         self._rise: Step = None
         self._gap: int | None = None
-        self._least: Step = None
-        self._least_call = 0
+        self._falls: list[tuple[int, int | float]] = []
 
         self._events: list[Event] = []
         self._sent_events = 0
@@ -230,7 +229,7 @@ class Ledger:
                 call=self._calls,
                 step=counted,
                 check_model_update=bool(check_model_update),
-                rhythm=Rhythm(self._rise, self._gap, self._since, self._current, self._least, self._least_call),
+                rhythm=Rhythm(self._rise, self._gap, self._since, self._current, tuple(self._falls)),
                 events=tuple(self._events),
                 window=window or Window(),
                 fault=self._fault,
@@ -269,7 +268,8 @@ class Ledger:
         self._run = decision.run
         self._state = decision.state
         del self._events[:sent]
-        self._rise = self._gap = self._least = None
+        self._rise = self._gap = None
+        self._falls = []
         self._restore = b""
         if decision.entry is not None:
             self.last_entry = decision.entry
@@ -287,6 +287,8 @@ class Ledger:
             if step is None or step == previous:
                 since += 1
             else:
+                if previous is None or step < previous:
+                    self._fell(call, step)
                 if previous is not None:
                     if self._gap is None or since + 1 < self._gap:
                         self._gap = since + 1
@@ -294,9 +296,14 @@ class Ledger:
                         self._rise = step - previous
                 since = 0
                 previous = step
-            if step is not None and (self._least is None or step < self._least):
-                self._least, self._least_call = step, call
         self._calls, self._previous, self._since, self._current = call, previous, since, step
+
+    def _fell(self, call: int, step: int | float) -> None:
+        """Note that the step went back; of too many places, those count that went back furthest."""
+        if len(self._falls) >= MAX_FALLS:
+            self._falls = [fall for fall in self._falls if fall[1] < step]
+        if len(self._falls) < MAX_FALLS:
+            self._falls.append((call, step))
 
     def _checked(self, step: object, call: int) -> Step:
         """Return `step`, or None if it is refused: then it is this round's fault, unless there is one already."""
@@ -347,7 +354,8 @@ class Ledger:
         self._calls = self.calls
         self._lease = self._left = 0
         self._entry_call = self._calls - state.missed
-        self._previous = self._current = self._rise = self._gap = self._least = None
+        self._previous = self._current = self._rise = self._gap = None
+        self._falls = []
         self._since = 0
         self._events.clear()
         self._fault = None

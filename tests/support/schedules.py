@@ -184,7 +184,7 @@ def check_schedule(schedule: Schedule) -> Counter[str]:  # noqa: C901, PLR0915 -
         facts["exact rounds"] += not excused
         facts["rises over 1"] += pace.rise is not None and pace.rise > 1
         said = oracle.manager.log_ready(moment.steps[0], moment.check)
-        if "written" in excused:  # a step back behind a log marked in the same lease is seen a round later
+        if "written" in excused:  # how far behind a log marked in the same lease the step was is seen at the round
             assert said or not answer, where
         else:
             assert answer == said, where
