@@ -7,9 +7,17 @@ from collections.abc import Iterable
 from logsync.coordinator.errors import CoordinatorLost, PeerFailed, PeerLost, RoundTimeout, TransportError, printable
 from logsync.workers.transports.notes import Note, Verdict, ranks_text
 
-__all__ = ["error_of_verdict", "heard_of", "judge", "last_known", "leavers"]
+__all__ = ["GAVE_UP", "error_of_verdict", "has_timed_out", "heard_of", "judge", "last_known", "leavers"]
+
+GAVE_UP = "waited for its whole timeout"
+"""The text of a note of a rank whose round failed by its timeout."""
 
 _CLASSES: dict[str, type[TransportError]] = {"timeout": RoundTimeout, "lost": PeerLost, "failed": PeerFailed}
+
+
+def has_timed_out(waited_s: float, timeout_s: float) -> bool:
+    """Say whether a round ended by its timeout; a connection that broke is seen at once."""
+    return waited_s >= 0.9 * timeout_s
 
 
 def heard_of(notes: dict[int, Note], round_number: int) -> set[int]:
@@ -51,9 +59,13 @@ def judge(
     # No notes at all: the job's store does not answer either, which the root's side keeps.
     expected = set(range(world_size)) if notes or rank == 0 else {0}
     missing = expected - heard_of(notes, round_number) - {rank}
-    timed_out = waited_s >= 0.9 * timeout_s  # a connection that broke is seen at once
+    timed_out = has_timed_out(waited_s, timeout_s)
+    gave_up = {r for r, note in notes.items() if note.doing == "failed" and note.text == GAVE_UP}
     culprits = dead or missing
-    if not culprits:
+    if not culprits and gave_up and not timed_out:
+        culprits = {rank}
+        who = f"it came when {ranks_text(gave_up)} had given the round up"
+    elif not culprits:
         who = "no rank is known to be missing; the network may have broken"
     elif dead:
         who = f"{ranks_text(dead)} ended: {_ended_text(dead, notes)}"
@@ -62,13 +74,15 @@ def judge(
         who = f"{ranks_text(missing)} {verb}: {last_known(missing, notes)}"
     how = f"waited {waited_s:.1f} s of {timeout_s:g} s" if timed_out else f"lost its connection after {waited_s:.1f} s"
     text = f"round {round_number} failed: rank {rank} {how}; {who}. gloo says: {detail}"
-    kind = "timeout" if timed_out and not dead else "lost"
+    # Without the root's word, a root that did not come counts as lost.
+    late = (timed_out and not dead and (rank == 0 or 0 not in missing)) or culprits == {rank}
+    kind = "timeout" if late else "lost"
     return Verdict(round_number, kind, tuple(sorted(culprits))[:4096], text[:2000])  # type: ignore[arg-type]
 
 
 def error_of_verdict(verdict: Verdict) -> TransportError:
     """Return the error that a verdict stands for; the coordinator's own end has a class of its own."""
-    error = CoordinatorLost if 0 in verdict.ranks and verdict.kind != "failed" else _CLASSES[verdict.kind]
+    error = CoordinatorLost if 0 in verdict.ranks and verdict.kind == "lost" else _CLASSES[verdict.kind]
     return error(printable(verdict.text, 2000), ranks=verdict.ranks, round=verdict.round)
 
 

@@ -16,7 +16,15 @@ from logsync.coordinator.errors import PeerFailed, ProtocolError, RoundTimeout, 
 from logsync.coordinator.messages import decode_decision
 from logsync.workers.transports.base import Position
 from logsync.workers.transports.notes import Note, Notes, dead_neighbours, pid_space, ranks_text, within
-from logsync.workers.transports.postmortem import error_of_verdict, heard_of, judge, last_known, leavers
+from logsync.workers.transports.postmortem import (
+    GAVE_UP,
+    error_of_verdict,
+    has_timed_out,
+    heard_of,
+    judge,
+    last_known,
+    leavers,
+)
 
 __all__ = ["Watch"]
 
@@ -72,7 +80,7 @@ class Watch:
             self._beats.clear()
         self._leave("waiting")
         warns = waited_s - self._warned_s >= 0.99 * self._warn_after_s
-        if (warns or patient) and self._notes is not None:
+        if warns or patient:
             notes = self._read()
             if patient:
                 self._check_beats(notes)
@@ -89,7 +97,8 @@ class Watch:
         """Return the error for a round that failed: the root's verdict, or what can be known without it."""
         seen = self._read()
         dead = dead_neighbours(seen)
-        self._leave("failed", dead=dead)
+        text = GAVE_UP if has_timed_out(waited_s, self._timeout_s) else ""
+        self._leave("failed", dead=dead, text=text)
         if self._rank and 0 not in dead:
             found = self._verdict_of_root()
             if found is not None:
@@ -146,6 +155,13 @@ class Watch:
         self._ask(lambda notes: notes.leave(note))
 
     def _warn(self, notes: dict[int, Note], waited_s: float, *, patient: bool) -> None:
+        if not notes:
+            _logger.warning(
+                "round %d has waited %.0f s; the job's store does not answer, so it is not known for whom",
+                self._round,
+                waited_s,
+            )
+            return
         present = heard_of(notes, self._round) | {self._rank}
         missing = set(range(self._world_size)) - present
         # One voice: the root's, or if it is late itself the lowest waiting rank's. A rank that has closed is patient.
