@@ -17,6 +17,7 @@ from logsync.coordinator.errors import (
     CoordinatorFailed,
     FrameTooLarge,
     LogsyncError,
+    ProtocolError,
     StateMismatch,
     Step,
     agreed_error,
@@ -48,7 +49,7 @@ _PATIENCE = 100
 """Rounds that wait for a model update in mode on_update before a notice says so."""
 
 
-_STANDING = ("next_seq", "run_dir", "attempt", "restores", "_entry_call", "_missed", "_unanswered")
+_STANDING = ("next_seq", "run_dir", "attempt", "restores", "_counting", "_entry_call", "_missed", "_unanswered")
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...]]
 
 
@@ -135,10 +136,13 @@ class Coordinator:
         return encode(self._decision(number, failure=failure_of(error), finished=finished))
 
     def _decide(self, number: int, reports: list[Report], now: float) -> Decision:
-        active = [r for r in reports if r.kind != "closed"] or reports
-        counting = active[0]
+        active = [r for r in reports if r.kind != "closed"]
+        # At the very end all have closed; then the rank that came furthest says where the run stands.
+        counting = active[0] if active else max(reports, key=lambda r: r.call)
+        active = active or reports
         kind = counting.kind
         _check_faults(reports)
+        _check_numbers(reports, whole=not self.frequency_manager.is_epoch_frequency_manager)
         self._restore(active, counting)
         self._check_steps(active, counting)
 
@@ -163,8 +167,7 @@ class Coordinator:
             return self._decision(number, entry=entry, finished=True, notices=notices)
         lease = 0
         if writes or not ready:
-            steps = [r.step for r in active if r.step is not None] if kind == "decision" else [counting.rhythm.current]
-            least = min((s for s in steps if s is not None), default=None)
+            least = min((r.rhythm.current for r in active if r.rhythm.current is not None), default=None)
             lease = self._cadence.lease(counting.rhythm.current, due_step(manager, least), self._settings.max_lease)
         return self._decision(number, ready=ready, lease=lease, entry=entry, notices=notices)
 
@@ -383,6 +386,18 @@ def _encoded(decision: Decision) -> bytes:
         msg = f"the reply has {len(reply)} bytes, {MAX_FRAME} are the most; record fewer metrics per log"
         raise FrameTooLarge(msg, round=decision.round)
     return reply
+
+
+def _check_numbers(reports: list[Report], *, whole: bool) -> None:
+    """Refuse what no ledger sends: fractions where steps are counted, a frequency of 0."""
+    for report in reports:
+        given = [report.step, report.rhythm.rise, report.rhythm.current, *(e.value for e in report.events)]
+        given += [step for _, step in report.rhythm.falls]
+        if (whole and any(isinstance(number, float) for number in given)) or any(
+            event.kind == "frequency" and event.value == 0 for event in report.events
+        ):
+            msg = f"rank {report.rank} sent a step or frequency that this log cannot have"
+            raise ProtocolError(msg, ranks=(report.rank,), call=report.call)
 
 
 def _check_faults(reports: list[Report]) -> None:

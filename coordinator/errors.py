@@ -202,14 +202,16 @@ def kind_of(error: LogsyncError) -> str:
 
 
 def printable(text: str, limit: int = 500) -> str:
-    """Return `text` with control characters escaped, cut to `limit` characters: fit for a log line.
+    """Return `text` with control characters escaped, cut to `limit` characters and a few: fit for a log line.
 
     What comes from a peer goes through here before it is printed, written or put into an error.
     """
-    cut = text if len(text) <= limit else text[:limit] + f"... ({len(text)} characters)"
-    if cut.isprintable():
-        return cut
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    shown = text[:limit]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+    if len(shown) <= limit and len(text) <= limit:
+        return shown
+    return f"{shown[:limit]}... ({len(text)} characters)"
 
 
 def _rebuild(cls: type[LogsyncError], message: str, fields: dict[str, Any]) -> LogsyncError:

@@ -263,9 +263,11 @@ def _unwrapped(value: object) -> object:
     if item is None or getattr(value, "ndim", None) != 0:
         return value
     try:
-        return item()
+        number = item()
     except (TypeError, ValueError, RuntimeError):
         return value
+    # numpy's longdouble has no Python counterpart: its item() is itself.
+    return float(number) if isinstance(number, numbers.Real) and not isinstance(number, (int, float)) else number
 
 
 def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> str:

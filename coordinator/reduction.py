@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from itertools import repeat
 from typing import NamedTuple
 
-from logsync.coordinator.errors import ReductionMismatch
+from logsync.coordinator.errors import ProtocolError, ReductionMismatch
 from logsync.coordinator.messages import KeySpec, Window, unpack_schema, unpack_values
 
-__all__ = ["Merged", "Partials"]
+__all__ = ["SPREAD", "Merged", "Partials"]
+
+SPREAD = ("min", "max", "std", "argmax_rank")
+"""What `spread` adds to a key's name."""
 
 _NAMED_RANKS = 16
 
@@ -65,6 +69,9 @@ class Partials:
         for schema, (ranks, rows) in alike.items():
             keys = unpack_schema(schema, ranks[0])
             width = len(keys)
+            if len({spec.name for spec in keys}) < width:
+                msg = f"the window of rank {ranks[0]} names a key twice"
+                raise ProtocolError(msg, ranks=tuple(ranks[:64]))
             # Column by column, so that thousands of ranks are folded by C loops.
             flat = list(zip(*map(unpack_values, rows, repeat(width), ranks), strict=True))
             for index, spec in enumerate(keys):
@@ -76,11 +83,31 @@ class Partials:
             self._extend(column.spec, column.ranks, column.values, column.weights)
 
     def reduce(self, world_size: int) -> Merged:
-        """Reduce every key once."""
+        """Reduce every key once.
+
+        Raises:
+            ReductionMismatch: what spread or per_rank makes of one key is another key's name.
+        """
         merged = Merged({}, {}, {})
+        self._check_derived()
         for name, column in self._columns.items():
             _reduce_column(name, column, world_size, merged)
         return merged
+
+    def _check_derived(self) -> None:
+        """Refuse keys of one rank that collide with what another rank's key makes."""
+        for column in self._columns.values():
+            spec = column.spec
+            made = [f"{spec.name}/{suffix}" for suffix in SPREAD] if spec.spread else []
+            made += [f"{spec.name}/rank{rank}" for rank in column.ranks] if spec.per_rank else []
+            for other in made:
+                if other in self._columns:
+                    ranks = (min(column.ranks), min(self._columns[other].ranks))
+                    msg = (
+                        f"metric {other!r} of rank {ranks[1]} collides with what spread or per_rank makes of "
+                        f"{spec.name!r} on rank {ranks[0]}; rename one"
+                    )
+                    raise ReductionMismatch(msg, ranks=ranks)
 
     def _extend(self, spec: KeySpec, ranks: list[int], values: Sequence[float], weights: Sequence[float]) -> None:
         column = self._columns.get(spec.name)
@@ -122,12 +149,18 @@ def _reduce_column(name: str, column: _Column, world_size: int, merged: Merged) 
     if len(ranks) < world_size:
         merged.ranks[name] = len(ranks)
     if not math.isfinite(value):
-        merged.nan_ranks[name] = _lowest(r for r, v in zip(ranks, folded, strict=True) if not math.isfinite(v))
+        merged.nan_ranks[name] = _culprits(column)
     if spec.spread and holders:
         _add_spread(name, holders, merged)
     if spec.per_rank:
         for rank, own in sorted(holders):
             merged.metrics[f"{name}/rank{rank}"] = own
+
+
+def _culprits(column: _Column) -> tuple[int, ...]:
+    """Return the ranks whose values are not finite; all, if it is only together that they are not."""
+    own = [r for r, v in zip(column.ranks, column.values, strict=True) if not math.isfinite(v)]
+    return _lowest(own or column.ranks)
 
 
 def _folded(column: _Column) -> list[float]:
@@ -165,7 +198,7 @@ def _add_spread(name: str, holders: list[tuple[int, float]], merged: Merged) -> 
         squares = _sum([(v - mean) * (v - mean) for v in values])
         deviation = math.sqrt(squares / len(values)) if math.isfinite(squares) else math.nan
         extreme = min(r for r, v in holders if v == high)
-    for suffix, value in (("min", low), ("max", high), ("std", deviation), ("argmax_rank", float(extreme))):
+    for suffix, value in zip(SPREAD, (low, high, deviation, float(extreme)), strict=True):
         merged.metrics[f"{name}/{suffix}"] = value
         if not math.isfinite(value):
             merged.nan_ranks[f"{name}/{suffix}"] = nans or _lowest(r for r, v in holders if not math.isfinite(v))
@@ -179,8 +212,18 @@ def _sum(values: Sequence[float]) -> float:
     """Add up, rounding once; infinities and overflow come out as IEEE arithmetic has them."""
     try:
         return math.fsum(values)
-    except (OverflowError, ValueError):
-        return sum(values)
+    except OverflowError:  # on the way; the sum itself may be a float
+        odd = [v for v in values if not math.isfinite(v)]
+        return sum(odd) if odd else _as_float(sum(map(Fraction, values)))
+    except ValueError:  # inf - inf
+        return math.nan
+
+
+def _as_float(exact: Fraction | int) -> float:
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf
 
 
 def _lowest(ranks: Iterable[int]) -> tuple[int, ...]:

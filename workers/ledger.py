@@ -31,6 +31,9 @@ from logsync.coordinator.messages import (
 __all__ = ["Ledger", "counted_step"]
 
 
+_MOST_EVENTS = 1000
+
+
 def counted_step(step: object, frequency_type: str) -> LogStepType:
     """Return `step` as `checked_step` does, refusing ints that no frame can carry (over 2**63 - 1)."""
     if type(step) is int and 0 <= step <= INT64_MAX:
@@ -179,6 +182,10 @@ class Ledger:
                     break
                 events.pop()  # earlier and not larger: it cannot matter any more
         events.append(Event(call, "update", value))
+        if len(events) - sent > _MOST_EVENTS:
+            # Updates that fall at every call: the first is the largest, and the later ones matter only if another
+            # rank resets between them.
+            events[sent + 1 : -1] = events[sent + 2 : -1 : 2]
 
     def log_written(self, step: LogStepType = None) -> None:
         """Note that a log was written at `step`; None forgets all logs. The step just decided needs no note.
@@ -192,6 +199,9 @@ class Ledger:
         pending = any(e.kind == "written" for e in self._events)
         if not pending and value is not None and value == self.state.last_log_step:
             return
+        # Of this rank's marks that are still to be sent only the last one can matter.
+        sent = self._sent_events
+        self._events[sent:] = [e for e in self._events[sent:] if e.kind != "written"]
         self._events.append(Event(self.calls + 1, "written", value))
 
     def _set_frequency(self, log_frequency: object) -> None:

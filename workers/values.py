@@ -9,11 +9,14 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from logsync.workers.window import Cell
 
-__all__ = ["Bank", "is_device_value", "local_tensor", "plain_number", "read_banks", "same_device"]
+__all__ = ["Bank", "is_device_value", "local_tensor", "plain_number", "quick_float", "read_banks", "same_device"]
+
+_EXACT = 2**53
 
 
 def local_tensor(name: str, value: object) -> Tensor | None:
@@ -54,7 +57,14 @@ def same_device(number: float, like: Tensor) -> Tensor:
     """Return `number` as a tensor beside `like`, without waiting for the device."""
     import torch  # noqa: PLC0415 - there is a tensor, so torch is loaded
 
-    return torch.full((), number, device=like.device)
+    return torch.full((), number, device=like.device, dtype=_wide(like.device))
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return what sums are kept in: MPS has no float64, so its have float32's precision until they are read."""
+    import torch  # noqa: PLC0415 - there is a device, so torch is loaded
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def plain_number(name: str, value: object) -> float:
@@ -85,6 +95,20 @@ def plain_number(name: str, value: object) -> float:
         raise ValueError(msg) from None
 
 
+def quick_float(value: Any) -> float | None:
+    """Return the usual kinds of host numbers as a float: an int, or a CPU tensor of one element.
+
+    None for everything else, right or wrong: `local_tensor` and `plain_number` tell which. Parameters, DTensors and
+    other subclasses are among the rest.
+    """
+    if type(value) is int:
+        return float(value) if -_EXACT <= value <= _EXACT else None
+    torch = sys.modules.get("torch")
+    if torch is None or type(value) is not torch.Tensor or not value.is_cpu or not value.is_floating_point():
+        return None
+    return float(value.item()) if value.numel() == 1 else None
+
+
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(getattr(value, "shape", ()))
 
@@ -111,9 +135,10 @@ class Bank:
         import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
 
         with torch.no_grad():
+            wide = _wide(tensors[0].device)
+            if any(t.dtype != tensors[0].dtype for t in tensors):  # stack would promote int64 to float32
+                tensors = [t.to(wide) for t in tensors]
             new = torch.stack([t if t.ndim == 0 else t.reshape(()) for t in tensors])
-            # MPS has no float64: what it folds has float32's precision until it is read.
-            wide = torch.float32 if new.device.type == "mps" else torch.float64
             if not isinstance(weight, float):
                 weight = weight.reshape(()).to(device=new.device, dtype=wide)
             if self._reduce == "mean":

@@ -11,13 +11,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 from logsync.coordinator.messages import MAX_NAME, KeySpec, Reduction, Window, encode, pack_values
+from logsync.coordinator.reduction import SPREAD
 from logsync.coordinator.sinks.base import RESERVED
-from logsync.workers.values import Bank, is_device_value, local_tensor, plain_number, read_banks, same_device
+from logsync.workers.values import (
+    Bank,
+    is_device_value,
+    local_tensor,
+    plain_number,
+    quick_float,
+    read_banks,
+    same_device,
+)
 
 __all__ = ["OpenWindow", "Taken", "checked_name"]
 
 _REDUCTIONS = ("mean", "sum", "min", "max", "last")
-_SPREAD = ("min", "max", "std", "argmax_rank")
 _MAX_KEYS = 10_000
 _MAX_WEIGHT = 1e300  # times a value, sums stay floats
 
@@ -44,20 +52,23 @@ class Cell:
 
     def fold(self, value: float, weight: float, order: int) -> None:
         """Take in one value."""
-        self.join(Share(value * weight, weight, order) if self.spec.reduce == "mean" else Share(value, 1.0, order))
+        if self.spec.reduce == "mean":
+            self.join(value * weight, weight, order)
+        else:
+            self.join(value, 1.0, order)
 
-    def join(self, share: Share) -> None:
-        """Take in values that are folded already; NaN wins over any other minimum or maximum."""
+    def join(self, value: float, weight: float, order: int) -> None:
+        """Take in what is folded already; NaN wins over any other minimum or maximum."""
         reduce = self.spec.reduce
         if reduce in ("mean", "sum"):
-            self.value += share.value
-        elif not self.used or (reduce == "last" and share.order >= self.order):
-            self.value = share.value
+            self.value += value
+        elif not self.used or (reduce == "last" and order >= self.order):
+            self.value = value
         elif reduce != "last" and not math.isnan(self.value):
             pick = min if reduce == "min" else max
-            self.value = share.value if math.isnan(share.value) else pick(self.value, share.value)
-        self.weight += share.weight
-        self.order = max(self.order, share.order)
+            self.value = value if math.isnan(value) else pick(self.value, value)
+        self.weight += weight
+        self.order = max(self.order, order)
         self.used = True
 
     def take(self) -> Share:
@@ -132,24 +143,25 @@ class OpenWindow:
             and not spread
             and not per_rank
             and (type(weight) is int or type(weight) is float)  # a tensor's comparison would wait for its device
-            and 0 < weight <= _MAX_WEIGHT
+            and 0 < weight <= 1e300  # noqa: PLR2004 - _MAX_WEIGHT; a constant is quicker than a global
         ):
-            plain = self._plain
             try:
                 if len(values) == 1:
-                    (name,) = values
-                    value = values[name]
-                    cell = plain[name]
-                    if type(value) is float:
-                        cell.value += value * weight
-                        cell.weight += weight
+                    for name in values:
+                        value = values[name]
+                        if type(value) is float or (value := quick_float(value)) is not None:
+                            cell = self._plain[name]
+                            cell.value += value * weight
+                            cell.weight += weight
+                            return
+                else:
+                    cells = [self._plain[name] for name in values]
+                    numbers: list[Any] = [v if type(v) is float else quick_float(v) for v in values.values()]
+                    if None not in numbers:
+                        for cell, value in zip(cells, numbers):  # noqa: B905 - the lengths are those of `values`
+                            cell.value += value * weight
+                            cell.weight += weight
                         return
-                elif all(type(value) is float for value in values.values()) and plain.keys() >= values.keys():
-                    for name, value in values.items():
-                        cell = plain[name]
-                        cell.value += value * weight
-                        cell.weight += weight
-                    return
             except (AttributeError, KeyError, TypeError):
                 pass  # a new key, or no mapping: said below
         self._record(values, weight, _checked_options(reduce, across, spread, per_rank))
@@ -187,7 +199,7 @@ class OpenWindow:
         """Empty the window into a message. Waits for the devices that hold values of it."""
         for bank, shares in read_banks(self._banks.values()):
             for cell, (value, weight) in zip(bank.cells, shares, strict=True):
-                cell.join(Share(value, weight, bank.order))
+                cell.join(value, weight, bank.order)
         self._banks.clear()
         used = [c for c in self._cells.values() if c.used or c.weight]
         specs = [c.spec for c in used]
@@ -200,7 +212,7 @@ class OpenWindow:
     def give_back(self, taken: Taken) -> None:
         """Undo a `take` whose frame was not accepted, beside what was recorded since."""
         for cell, share in taken.shares:
-            cell.join(share)
+            cell.join(*share)
 
     def clear(self) -> None:
         """Drop everything that is recorded and not taken."""
@@ -269,7 +281,7 @@ def checked_name(name: object) -> str:
 
 def _derived_names(spec: KeySpec) -> Iterable[str]:
     if spec.spread:
-        yield from (f"{spec.name}/{suffix}" for suffix in _SPREAD)
+        yield from (f"{spec.name}/{suffix}" for suffix in SPREAD)
     if spec.per_rank:
         yield f"{spec.name}/rank"
 

@@ -1,0 +1,161 @@
+"""Worlds for the transport contract: one process alone, threads, and real processes over gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from logsync.workers.testing import Member, play
+from logsync.workers.transports.local import LocalTransport
+from logsync.workers.transports.threads import ThreadTransport, ThreadWorld
+
+__all__ = ["GlooWorld", "LocalWorld", "ThreadsWorld", "free_port"]
+
+DEADLINE_S = 90.0
+
+
+class LocalWorld:
+    """One rank: the single-node fallback."""
+
+    world_size = 1
+
+    def run(self, name: str) -> list[Any]:
+        return [play(name, Member(0, 1, LocalTransport))]
+
+
+class ThreadsWorld:
+    """Ranks as threads. The n-th transports of all ranks belong to one ThreadWorld."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def run(self, name: str) -> list[Any]:
+        return self.run_all(lambda member: play(name, member))
+
+    def run_all(self, work: Callable[[Member], Any]) -> list[Any]:
+        """Have every rank do `work`; raise what a rank raised."""
+        worlds: list[ThreadWorld] = []
+        lock = threading.Lock()
+        results: list[Any] = [None] * self.world_size
+        errors: list[BaseException] = []
+
+        def rank_main(rank: int) -> None:
+            made = 0
+
+            def make_transport() -> ThreadTransport:
+                nonlocal made
+                with lock:
+                    if made == len(worlds):
+                        worlds.append(ThreadWorld(self.world_size, timeout_s=30))
+                    made += 1
+                    return worlds[made - 1].transports[rank]
+
+            try:
+                results[rank] = work(Member(rank, self.world_size, make_transport))
+            except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
+                errors.append(error)
+
+        threads = [threading.Thread(target=rank_main, args=(r,), daemon=True) for r in range(self.world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        if errors:
+            raise errors[0]
+        assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+        return results
+
+
+class GlooWorld:
+    """Ranks as processes in one torch.distributed job over gloo, started once and told what to play.
+
+    Args:
+        world_size: how many processes.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._members: list[subprocess.Popen[bytes]] = []
+        self._answers: list[queue.Queue[bytes]] = []
+
+    def run(self, name: str) -> list[Any]:
+        """Have every process play a scenario; raise what one of them raised."""
+        if not self._members:
+            self._start()
+        for member in self._members:
+            assert member.stdin is not None
+            member.stdin.write(f"{name}\n".encode())
+            member.stdin.flush()
+        try:
+            answers = [pickle.loads(answers.get(timeout=DEADLINE_S)) for answers in self._answers]  # noqa: S301 - ours
+        except queue.Empty:
+            self._dump_and_close()
+            msg = f"{name}: a rank did not answer in {DEADLINE_S:.0f} s; see the stacks on stderr"
+            raise AssertionError(msg) from None
+        except BaseException:
+            self.close()
+            raise
+        failures = [(rank, value) for rank, (kind, value) in enumerate(answers) if kind == "raised"]
+        if failures:
+            self.close()  # ranks may be at different places now
+            raise AssertionError("\n".join(f"rank {rank} raised:\n{text}" for rank, text in failures))
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        """End all processes."""
+        for member in self._members:
+            member.kill()
+        for member in self._members:
+            member.wait(10)
+        self._members, self._answers = [], []
+
+    def _start(self) -> None:
+        port = free_port()
+        script = Path(__file__).with_name("gloo_member.py")
+        for rank in range(self.world_size):
+            surroundings = {
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(self.world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
+            }
+            member = subprocess.Popen(
+                [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=surroundings
+            )
+            answers: queue.Queue[bytes] = queue.Queue()
+            threading.Thread(target=_read_answers, args=(member, answers), daemon=True).start()
+            self._members.append(member)
+            self._answers.append(answers)
+
+    def _dump_and_close(self) -> None:
+        for member in self._members:
+            member.send_signal(signal.SIGUSR1)  # faulthandler writes all stacks
+        with contextlib.suppress(queue.Empty):
+            self._answers[0].get(timeout=1)  # time to write them
+        self.close()
+
+
+def _read_answers(member: subprocess.Popen[bytes], answers: queue.Queue[bytes]) -> None:
+    assert member.stdout is not None
+    while head := member.stdout.read(8):
+        answers.put(member.stdout.read(int.from_bytes(head, "little")))
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
