@@ -26,6 +26,7 @@ from logsync.coordinator.frequency import FrequencyManager, log_ready
 from logsync.coordinator.lease import Cadence, due_step
 from logsync.coordinator.messages import (
     MAX_FRAME,
+    MAX_PATH,
     PROTOCOL,
     Decision,
     Event,
@@ -49,7 +50,17 @@ _PATIENCE = 100
 """Rounds that wait for a model update in mode on_update before a notice says so."""
 
 
-_STANDING = ("next_seq", "run_dir", "attempt", "restores", "_counting", "_entry_call", "_missed", "_unanswered")
+_STANDING = (
+    "next_seq",
+    "first_seq",
+    "run_dir",
+    "attempt",
+    "restores",
+    "_counting",
+    "_entry_call",
+    "_missed",
+    "_unanswered",
+)
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...]]
 
 
@@ -68,6 +79,10 @@ class Coordinator:
         frequency_manager: the one authority on when a log is due.
         run_dir, attempt, next_seq: as in `State`; a load changes them.
         restores: how often a state was loaded.
+        first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
+
+    Raises:
+        ValueError: `run_dir` is too long for a frame, or not UTF-8.
     """
 
     def __init__(
@@ -81,10 +96,14 @@ class Coordinator:
         attempt: int = 0,
     ) -> None:
         self.frequency_manager = FrequencyManager(settings.log_frequency, settings.mode, settings.frequency_type)
+        if len(run_dir.encode()) > MAX_PATH:
+            msg = f"run_dir has {len(run_dir.encode())} bytes, {MAX_PATH} are the most"
+            raise ValueError(msg)
         self.run_dir = run_dir
         self.attempt = attempt
         self.next_seq = 0
         self.restores = 0
+        self.first_seq = 0
         self._settings = settings
         self._world_size = world_size
         self._run = run
@@ -355,7 +374,7 @@ class Coordinator:
         manager.last_log_step = state.last_log_step
         manager.last_model_update_step = state.last_model_update_step
         manager.updated_since_log = state.updated_since_log
-        self.next_seq = state.next_seq
+        self.next_seq = self.first_seq = state.next_seq
         if not self._keep_run_dir:
             self.run_dir = state.run_dir
         self.attempt = max(self.attempt, state.attempt + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import msgspec
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
-from logsync.coordinator.messages import LogEntry, Window
+from logsync.coordinator.messages import MAX_PATH, LogEntry, Window
 from logsync.coordinator.sinks.base import RunInfo, SinkSet
 
 __all__ = ["Host", "reserve_run_dir"]
@@ -52,6 +53,8 @@ class Host:
         self._reserved = reserved
         self._clock = clock
         self._held: list[LogEntry] = []
+        # A rank that leaves in mid-round does so while the transport's thread may still be deciding it.
+        self._lock = threading.Lock()
         self._restores = 0
         self._closed = False
         sinks.prepare(self._run_info())
@@ -63,12 +66,13 @@ class Host:
 
     def handle(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         """Decide one round and return the reply; what it logged is held for `annotate` and `release`. Never raises."""
-        reply, entries = self.coordinator.handle(frames, self._clock())
-        if self.coordinator.restores != self._restores:
-            self._restores = self.coordinator.restores
-            self._sinks.prepare(self._run_info())
-        self._held.extend(entries)
-        return reply
+        with self._lock:
+            reply, entries = self.coordinator.handle(frames, self._clock())
+            if self.coordinator.restores != self._restores:
+                self._restores = self.coordinator.restores
+                self._sinks.prepare(self._run_info())
+            self._held.extend(entries)
+            return reply
 
     def annotate(self, values: Mapping[str, float]) -> None:
         """Add root-side values to the entry just made; without one, say so and drop them.
@@ -96,12 +100,17 @@ class Host:
         for entry in held:
             self._sinks.write(entry)
 
-    def leave(self, rank: int, window: Window, step: Step, call: int) -> None:
-        """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more."""
-        self.release()
-        entry = self.coordinator.leftover(rank, window, step, call, self._clock())
-        if entry is not None:
-            self._sinks.write(entry)
+    def leave(self, rank: int, take: Callable[[int], Window], step: Step, call: int) -> None:
+        """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more.
+
+        Args:
+            take: returns that window, given the `seq` that the next entry will have.
+        """
+        with self._lock:
+            self.release()
+            entry = self.coordinator.leftover(rank, take(self.coordinator.next_seq), step, call, self._clock())
+            if entry is not None:
+                self._sinks.write(entry)
 
     def close(self) -> None:
         """Hand over what is held and flush the sinks; a second call does nothing."""
@@ -121,7 +130,7 @@ class Host:
             name=self._name,
             attempt=coordinator.attempt,
             world_size=self._world_size,
-            next_seq=coordinator.next_seq,
+            next_seq=coordinator.first_seq,
             resumed=coordinator.restores > 0,
         )
 
@@ -130,12 +139,12 @@ def reserve_run_dir(name: str, root: str = "runs") -> tuple[str, Path | None]:
     """Choose `root/<start time>-<name>`, made at once so that no other run can take it.
 
     Returns:
-        The folder's absolute path, and the same as a Path if it could be made. Where it could not (a read-only
+        The folder's path, and the same as a Path if it could be made. Where it could not (a read-only
         disk, say) training goes on; the sinks that need the folder will report it.
     """
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     for attempt in range(1, 1000):
-        path = Path(root, stem if attempt == 1 else f"{stem}-{attempt}").absolute()
+        path = _named(Path(root, stem if attempt == 1 else f"{stem}-{attempt}"))
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -144,5 +153,14 @@ def reserve_run_dir(name: str, root: str = "runs") -> tuple[str, Path | None]:
             _logger.warning("cannot make the folder %s for the log's files: %s", path, error)
             return str(path), None
         return str(path), path
-    path = Path(root, f"{stem}-{os.getpid()}").absolute()
-    return str(path), None
+    return str(_named(Path(root, f"{stem}-{os.getpid()}"))), None
+
+
+def _named(path: Path) -> Path:
+    """Return the absolute path; the relative one where the current folder's name is no text that a frame carries."""
+    absolute = path.absolute()
+    try:
+        short = len(str(absolute).encode()) <= MAX_PATH
+    except UnicodeEncodeError:
+        short = False
+    return absolute if short else path

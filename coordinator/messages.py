@@ -21,6 +21,7 @@ __all__ = [
     "MAX_FALLS",
     "MAX_FRAME",
     "MAX_NAME",
+    "MAX_PATH",
     "PROTOCOL",
     "Decision",
     "Event",
@@ -59,6 +60,7 @@ MAX_FRAME = 16 * 2**20
 INT64_MAX = 2**63 - 1
 MAX_NAME = 256
 MAX_FALLS = 64
+MAX_PATH = 4096
 _MAX_KEYS = 65_536
 _MAX_METRICS = 2**20  # spread and per_rank multiply keys
 _MAX_EVENTS = 65_536
@@ -75,7 +77,7 @@ _MaybeStep = _Number | None
 _Text = Annotated[str, Meta(max_length=_MAX_TEXT)]
 _Key = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 _Metric = Annotated[str, Meta(min_length=1, max_length=MAX_NAME + 32)]  # with "/argmax_rank" and the like behind it
-_Path = Annotated[str, Meta(max_length=_MAX_TEXT)]
+_Path = Annotated[str, Meta(max_length=MAX_PATH)]
 _RunId = Annotated[str, Meta(max_length=32)]
 
 Reduction = Literal["mean", "sum", "min", "max", "last"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import ConfigError
 from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
 from logsync.coordinator.host import Host, reserve_run_dir
-from logsync.coordinator.messages import INT64_MAX, Settings
+from logsync.coordinator.messages import INT64_MAX, MAX_PATH, Settings
 from logsync.coordinator.sinks.base import SinkSet, SinkSpec
 from logsync.workers.launch import choose_transport, restart_count
 from logsync.workers.training_log import TrainingLog, open_logs
@@ -86,7 +85,7 @@ def connect(
         max_lease=_checked_lease(max_lease),
     )
     sink_set = SinkSet(sinks)
-    folder = None if run_dir is None else str(Path(run_dir).absolute())
+    folder = None if run_dir is None else _checked_folder(run_dir)
     found = choose_transport(
         transport,
         timeout_s=settings.timeout,
@@ -106,7 +105,8 @@ def connect(
 def _refuse_shared_folder(folder: str, rank: int) -> None:
     """Two logs in one folder would take each other's files; every rank sees that alike."""
     for log in open_logs():
-        if log.given_run_dir == folder and log.rank == rank:
+        given = log.given_run_dir
+        if given is not None and log.rank == rank and Path(given).resolve() == Path(folder).resolve():
             msg = f"run_dir {folder} is in use by the open log {log.name!r}; give every log a folder of its own"
             raise ConfigError(msg)
 
@@ -156,8 +156,8 @@ def _checked_seconds(name: str, seconds: object) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         msg = f"{name} must be a number of seconds, given {seconds!r} ({type(seconds).__name__})"
         raise TypeError(msg)
-    if not (math.isfinite(seconds) and 0 < seconds <= _LONGEST_S):
-        msg = f"{name} must be greater than 0 and at most {_LONGEST_S:.0f} seconds, given {seconds}"
+    if not 0 < seconds <= _LONGEST_S:
+        msg = f"{name} must be greater than 0 and at most {_LONGEST_S:.0f} seconds, given {_shown(seconds)}"
         raise ConfigError(msg)
     return float(seconds)
 
@@ -167,9 +167,27 @@ def _checked_lease(max_lease: object) -> int:
         msg = f"max_lease must be an int, given {max_lease!r} ({type(max_lease).__name__})"
         raise TypeError(msg)
     if not 0 <= max_lease <= _LONGEST_LEASE:
-        msg = f"max_lease must be from 0 to {_LONGEST_LEASE} calls, given {max_lease}"
+        msg = f"max_lease must be from 0 to {_LONGEST_LEASE} calls, given {_shown(max_lease)}"
         raise ConfigError(msg)
     return max_lease
+
+
+def _shown(number: float) -> str:
+    """Return the number for a message; one of thousands of digits does not belong in it."""
+    return str(number) if abs(number) <= INT64_MAX or isinstance(number, float) else "an int beyond int64"
+
+
+def _checked_folder(run_dir: str | PathLike[str]) -> str:
+    folder = str(Path(run_dir).absolute())
+    try:
+        size = len(folder.encode())
+    except UnicodeEncodeError:
+        msg = f"run_dir must be a path in UTF-8, given {folder!r}"
+        raise ConfigError(msg) from None
+    if size > MAX_PATH:
+        msg = f"run_dir has {size} bytes, {MAX_PATH} are the most"
+        raise ConfigError(msg)
+    return folder
 
 
 def _fits_int64(log_frequency: LogStepType) -> LogStepType:

@@ -43,8 +43,8 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
         if rank is None and size is None:
             continue
         if rank is None or size is None:
-            if launcher == "Slurm" and (size or "1").strip() == "1":
-                continue  # an allocation of one task: a plain shell, not half a launch
+            if launcher == "Slurm" and (size == "1" or rank == "0"):
+                continue  # an allocation's shell, or a batch script's: nothing was launched
             there, missing = (rank_name, size_name) if size is None else (size_name, rank_name)
             msg = (
                 f"{there}={environ[there]} is set, but {missing} is missing: that is half of what {launcher} sets. "
@@ -69,7 +69,7 @@ _START = {"torchrun": "torchrun", "Open MPI": "mpirun", "Slurm": "srun"}
 def restart_count(environ: Mapping[str, str] = os.environ) -> int:
     """Return how often the launcher has restarted the job; 0 if it does not say."""
     text = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def choose_transport(
@@ -100,10 +100,13 @@ def _chosen(
     transport: object, timeout_s: float, warn_after_s: float, process_group: object | None, environ: Mapping[str, str]
 ) -> Transport:
     if not isinstance(transport, str):
-        if not all(
+        if isinstance(transport, type) or not all(
             hasattr(transport, member) for member in ("name", "rank", "world_size", "start", "exchange", "close")
         ):
             msg = f"transport must be 'auto', 'local', 'collective' or a Transport, given {transport!r}"
+            raise ConfigError(msg)
+        if process_group is not None:
+            msg = "a process_group was given together with a Transport, which has its own ranks"
             raise ConfigError(msg)
         return cast("Transport", transport)
     name = transport.strip().lower()

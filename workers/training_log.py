@@ -22,10 +22,10 @@ from logsync.coordinator.errors import (
 )
 from logsync.coordinator.frequency import FrequencyType, LogStepType
 from logsync.coordinator.host import Host
-from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, encode_hello
+from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, Window, encode_hello
 from logsync.workers.ledger import Ledger
 from logsync.workers.transports.base import Transport
-from logsync.workers.values import plain_number
+from logsync.workers.values import single_number
 from logsync.workers.window import OpenWindow, Taken, checked_name
 
 __all__ = ["Stats", "TrainingLog", "open_logs"]
@@ -76,6 +76,8 @@ class TrainingLog(Ledger):
         self.record: Callable[..., None] = self._window.record
         self._pid = os.getpid()
         self._unusable: LogsyncError | None = None  # why no further round can be made
+        self._complete = False  # the last round was made
+        self._doubtful: tuple[int, Taken] | None = None  # see _exchange: what an interrupted round had taken
         self._parked = 0  # a lease set aside until the open entry is handed over
         self._rounds = 0
         self._bytes_sent = 0
@@ -167,6 +169,11 @@ class TrainingLog(Ledger):
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
+    def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
+        super().load_state_dict(state_dict)
+        self._window.clear()
+        self._parked = 0
+
     def write(self, step: LogStepType, values: Mapping[str, Any] | None = None) -> LogEntry:
         """Merge and write everything recorded since the last entry, whatever the cadence.
 
@@ -207,7 +214,7 @@ class TrainingLog(Ledger):
             TypeError, ValueError: a value is no number, or a name is bad or merged already.
         """
         if self._host is not None:
-            self._host.annotate({checked_name(name): plain_number(name, value) for name, value in values.items()})
+            self._host.annotate({checked_name(name): single_number(name, value) for name, value in values.items()})
 
     def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
         if self._parked and self._unusable is None:
@@ -244,12 +251,17 @@ class TrainingLog(Ledger):
         carries = kind != "decision" or self._settings.write == "auto"
         taken = self._window.take() if carries else Taken.nothing()
         frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
-        decision = None
+        seq = self._host.coordinator.next_seq if self._host is not None else 0
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
-        finally:
-            if decision is None or decision.entry is None:
-                self._window.give_back(taken)
+        except LogsyncError:
+            self._window.give_back(taken)
+            raise
+        except BaseException:
+            self._doubtful = (seq, taken)  # whether the root took it is not known before the end
+            raise
+        if decision.entry is None:
+            self._window.give_back(taken)
         for notice in decision.notices:
             _logger.log(logging.WARNING if self.is_coordinator else logging.DEBUG, "%s", printable(notice, 1000))
         if self._host is not None and self._host.holds_entry:
@@ -326,15 +338,22 @@ class TrainingLog(Ledger):
             self._leave()
 
     def _answer_until_finished(self) -> None:
+        refused: AgreedError | None = None
         while True:
             try:
                 self._make_round("closed")
-            except AgreedError:
+            except AgreedError as error:
+                # Before the end it is the others' mistake: they have the error, and this rank nothing to do with it.
+                # At the end all ranks have it. The round is made once more: a bad step is told and forgotten.
                 if self._finished:
-                    raise
-                # The others' mistake; they have the error, and this rank has nothing more to do with it.
+                    if refused is not None:
+                        raise
+                    refused = error
             else:
                 if self._finished:
+                    self._complete = True
+                    if refused is not None:
+                        raise refused
                     return
             if self._host is not None:
                 self._host.release()
@@ -346,12 +365,20 @@ class TrainingLog(Ledger):
         _open_logs.discard(self)
         if os.getpid() != self._pid:
             return
-        if self._host is not None and not self._finished:
+        if self._host is not None and not self._complete:
             try:
-                self._host.leave(self._rank, self._window.take().message, self._last_step(), self.calls)
+                self._host.leave(self._rank, self._last_window, self._last_step(), self.calls)
             except LogsyncError:
                 _logger.exception("could not write the last window of rank %d", self._rank)
         self._let_go(reason)
+
+    def _last_window(self, next_seq: int) -> Window:
+        """Return what is recorded and in no entry; what an interrupted round took is in one if `seq` went on."""
+        if self._doubtful is not None:
+            seq, taken = self._doubtful
+            if seq == next_seq:
+                self._window.give_back(taken)
+        return self._window.take().message
 
     def _last_step(self) -> LogStepType:
         self._settle()

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
     from logsync.workers.window import Cell
 
-__all__ = ["Bank", "is_device_value", "local_tensor", "plain_number", "quick_float", "read_banks", "same_device"]
+__all__ = [
+    "Bank",
+    "is_device_value",
+    "local_tensor",
+    "plain_number",
+    "quick_float",
+    "read_banks",
+    "same_device",
+    "single_number",
+]
 
 _EXACT = 2**53
 
@@ -93,6 +102,12 @@ def plain_number(name: str, value: object) -> float:
     except OverflowError:
         msg = f"{name!r} is beyond the range of float64: {type(value).__name__} too large"
         raise ValueError(msg) from None
+
+
+def single_number(name: str, value: object) -> float:
+    """Return any acceptable value as a float; waits for its device. Raises as the two functions above do."""
+    tensor = local_tensor(name, value)
+    return plain_number(name, value if tensor is None else tensor)
 
 
 def quick_float(value: Any) -> float | None:

@@ -175,8 +175,9 @@ class OpenWindow:
         cells: dict[str, Cell] = {}
         host: list[tuple[Cell, float]] = []
         device: dict[Any, list[tuple[Cell, Any]]] = {}
-        for name, value in values.items():
-            cell = self._cells.get(name) or Cell(KeySpec(checked_name(name), *options))
+        for given, value in values.items():
+            name = checked_name(given)
+            cell = self._cells.get(name) or Cell(KeySpec(name, *options))
             self._check_spec(cell, options)
             cells[name] = cell
             tensor = local_tensor(name, value)
@@ -276,7 +277,7 @@ def checked_name(name: object) -> str:
     if name in RESERVED:
         msg = f"{name!r} cannot name a metric: the log's files use {', '.join(sorted(RESERVED))} themselves"
         raise ValueError(msg)
-    return name
+    return str.__str__(name)  # of a subclass, such as numpy.str_, the plain str
 
 
 def _derived_names(spec: KeySpec) -> Iterable[str]:

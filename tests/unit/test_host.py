@@ -208,7 +208,7 @@ def test_no_seq_is_doubled_in_the_file_of_a_run_that_is_loaded_back(tmp_path: Pa
 def test_leaving_hands_over_what_is_held_and_then_ones_own_window_as_partial(driven: Driven) -> None:
     driven.round(0, loss=1.0)
 
-    driven.host.leave(0, Window(encode([KeySpec("loss")]), pack_values([6.0, 2.0])), 7, 8)
+    driven.host.leave(0, lambda _: Window(encode([KeySpec("loss")]), pack_values([6.0, 2.0])), 7, 8)
 
     assert [(e.seq, e.step, e.metrics, e.partial) for e in driven.sink.entries] == [
         (0, 0, {"loss": 1.0}, False),
@@ -218,7 +218,7 @@ def test_leaving_hands_over_what_is_held_and_then_ones_own_window_as_partial(dri
 
 def test_leaving_with_an_empty_window_writes_no_entry(driven: Driven) -> None:
     driven.round(0)
-    driven.host.leave(0, Window(), 7, 8)
+    driven.host.leave(0, lambda _: Window(), 7, 8)
 
     assert [entry.seq for entry in driven.sink.entries] == [0]
 

@@ -109,7 +109,7 @@ def test_every_deciding_module_has_its_rule() -> None:
 
 
 # The collective transport, and what it alone loads.
-COLLECTIVE = {f"{RANKS}.transports.collective", f"{RANKS}.transports.watch"}
+COLLECTIVE = {f"{RANKS}.transports.collective"}
 
 
 def test_only_the_collective_transport_knows_torch_distributed() -> None:

@@ -38,6 +38,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Whether CPU tensors are read at once, or folded as if they lay on a GPU."""
     if request.param == "device":
         monkeypatch.setattr("logsync.workers.window.is_device_value", lambda _: True)
+        monkeypatch.setattr("logsync.workers.window.quick_float", lambda _: None)
     return str(request.param)
 
 
@@ -170,6 +171,7 @@ def test_a_device_gives_what_the_host_gives(options: dict[str, Any], monkeypatch
         results = []
         for device in (False, True):
             monkeypatch.setattr("logsync.workers.window.is_device_value", lambda _, device=device: device)
+            monkeypatch.setattr("logsync.workers.window.quick_float", lambda _: None)
             rng, window = random.Random(seed), OpenWindow()
             for _ in range(rng.randint(1, 8)):
                 values = {
@@ -216,6 +218,7 @@ def test_a_buffer_may_be_used_again_after_record(where: str, window: OpenWindow)
 
 def test_a_dict_of_device_tensors_is_one_stack_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logsync.workers.window.is_device_value", lambda _: True)
+    monkeypatch.setattr("logsync.workers.window.quick_float", lambda _: None)
     stack, stacked = torch.stack, []
 
     def counted(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -243,6 +246,7 @@ def _would_wait(*_: object) -> None:
 
 def test_a_value_on_the_host_stays_exact_beside_a_weight_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logsync.workers.window.is_device_value", lambda _: True)
+    monkeypatch.setattr("logsync.workers.window.quick_float", lambda _: None)
     window = OpenWindow()
 
     window.record({"lr": 0.1, "tokens": 16_777_217}, weight=torch.tensor(2.0))
@@ -327,24 +331,17 @@ def test_what_is_cleared_is_gone(where: str, window: OpenWindow) -> None:
 
 # What is refused: at the call, and nothing of it is recorded
 
-BAD_VALUES: list[Any] = [True, "1", None, 1j, b"1", [1.0], {}, object(), np.bool_(True), np.array(["x"]),
-                         torch.tensor(True), torch.tensor(1j), np.zeros(2), torch.zeros(3), torch.zeros(0), 10**400]  # fmt: skip
+BAD_VALUES: list[Any] = [
+    True, "1", None, 1j, b"1", [1.0], {}, object(), np.bool_(1), np.array(["x"]), np.zeros(2), 10**400,
+    torch.tensor([True]), torch.tensor(1j), torch.zeros(3), torch.zeros(0),
+]  # fmt: skip
 BAD_NAMES: list[Any] = [
-    "",
-    "x" * (MAX_NAME + 1),
-    "a\nb",
-    "\x1b[2J",
-    "a\x00",
-    "\ud800",
-    "\u2028",
-    None,
-    3,
-    b"x",
-    ("a",),
-    *RESERVED,
-]
-BAD_WEIGHTS: list[Any] = [-1, -0.5, math.nan, math.inf, 1e301, 10**400, True, "1", None, [1], torch.ones(2), np.ones(2),
-                          torch.tensor(-1.0), np.float32("nan"), torch.tensor(True)]  # fmt: skip
+    "", "x" * (MAX_NAME + 1), "a\nb", "\x1b[2J", "a\x00", "\ud800", "\u2028", None, 3, b"x", ("a",), *sorted(RESERVED),
+]  # fmt: skip
+BAD_WEIGHTS: list[Any] = [
+    -1, -0.5, math.nan, math.inf, 1e301, 10**400, True, "1", None, [1], np.ones(2), np.float32("nan"),
+    torch.ones(2), torch.tensor(-1.0), torch.tensor([True]),
+]  # fmt: skip
 
 
 def refused(window: OpenWindow, values: Any, **options: Any) -> str:

@@ -66,7 +66,9 @@ class CollectiveTransport:
         self._jobs: queue.SimpleQueue[tuple[bytes, bool] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[bytes | LogsyncError | _Broken | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._watch = Watch(self.rank, self.world_size, timeout_s=timeout_s, warn_after_s=warn_after_s)
+        self._watch = Watch(
+            _default_store(), self.rank, self.world_size, timeout_s=timeout_s, warn_after_s=warn_after_s
+        )
 
     def start(self, root: Root | None, position: Position | None = None) -> None:
         """Build the group; collective over its ranks."""
@@ -295,6 +297,14 @@ def _slot_for(length: int) -> int:
 def _tensor(buffer: bytearray | memoryview) -> Any:
     """Return a uint8 tensor that shares `buffer`'s memory."""
     return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+
+
+def _default_store() -> Any:
+    """Return the job's store, None where torch does not show one."""
+    try:
+        return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
+    except (AttributeError, ValueError, RuntimeError):
+        return None
 
 
 def _setup_error(error: Exception, timeout_s: float) -> CollectiveSetupError:

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
-import torch.distributed as dist
-
 from logsync.coordinator.errors import PeerFailed, ProtocolError, RoundTimeout, TransportError
 from logsync.coordinator.messages import decode_decision
 from logsync.workers.transports.base import Position
@@ -41,13 +39,15 @@ class Watch:
     """One rank's part in knowing who is where; it never communicates while rounds are healthy and quick.
 
     Args:
+        store: the job's; None where there is none, and then errors name nobody.
         timeout_s, warn_after_s: as given to `connect`.
     """
 
-    def __init__(self, rank: int, world_size: int, *, timeout_s: float, warn_after_s: float) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, *, timeout_s: float, warn_after_s: float) -> None:
         self.position: Position = _nowhere
         self.first_pause_s = min(1.0, timeout_s / 8, warn_after_s)
         self.beat_s = max(0.05, min(warn_after_s, timeout_s / 4))
+        self._store = store
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
@@ -118,7 +118,7 @@ class Watch:
         return error_of_verdict(verdict)
 
     def _begin(self, reply: bytes) -> None:
-        store = _default_store()
+        store, self._store = self._store, None
         try:
             run = decode_decision(reply).run
         except ProtocolError:
@@ -228,11 +228,3 @@ def _gist(detail: str) -> str:
 
 def _nowhere() -> tuple[int, None]:
     return 0, None
-
-
-def _default_store() -> Any:
-    """Return the job's store; None where torch does not show one, and then errors name nobody."""
-    try:
-        return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
-    except (AttributeError, ValueError, RuntimeError):
-        return None
