@@ -367,7 +367,8 @@ class TrainingLog(Ledger):
             return
         if self._host is not None and not self._complete:
             try:
-                self._host.leave(self._rank, self._last_window, self._last_step(), self.calls)
+                self._settle()
+                self._host.leave(self._rank, self._last_window, self._current, self.calls)
             except LogsyncError:
                 _logger.exception("could not write the last window of rank %d", self._rank)
         self._let_go(reason)
@@ -380,14 +381,11 @@ class TrainingLog(Ledger):
                 self._window.give_back(taken)
         return self._window.take().message
 
-    def _last_step(self) -> LogStepType:
-        self._settle()
-        return self._current
-
     def _let_go(self, reason: str | None = None) -> None:
         if self._unusable is None:
             self._unusable = LogClosed("the log is closed")
-        self._lease = self._left = self._parked = 0
+        self._settle()
+        self._parked = 0
         self.record = _refuse_to_record
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:

@@ -367,6 +367,23 @@ def test_however_much_is_said_under_the_longest_lease_it_fits_a_frame(word: str)
     assert sent(rank).call == 70_001
 
 
+@pytest.mark.parametrize("word", ["setting", "mark", "reset"])
+def test_what_else_was_said_survives_endless_falling_updates(word: str) -> None:
+    rank = leased(3000)
+    say: dict[str, Any] = {"setting": rank.set_frequency, "mark": rank.log_written, "reset": rank.model_updated}
+    rank.model_updated(9000)
+    for step in range(2900):
+        if step == 5:
+            say[word](None if word == "reset" else 7)
+        rank.model_updated(8000 - step)
+        rank.log_ready(9999)
+
+    told = [(e.kind, e.value) for e in said(rank)]
+    assert {"setting": ("frequency", 7), "mark": ("written", 7), "reset": ("update", None)}[word] in told
+    assert max(v for kind, v in told if kind == "update" and v is not None) == (7995 if word == "reset" else 9000)
+    assert len(told) < 2000
+
+
 def test_log_written_of_the_step_just_decided_says_nothing() -> None:
     world = Lockstep(1, settings(10))
     log_until(world, 10)

@@ -279,11 +279,11 @@ def test_losses_are_counted_for_each_sink_by_a_name_of_its_own() -> None:
 
 
 def test_what_an_error_says_is_fit_for_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
-    class Hostile(Exception):  # noqa: N818 - it is no error of ours
+    class Hostile(Exception):
         def __str__(self) -> str:
             return "\x1b[2J" + "x" * 100_000
 
-    class Unprintable(Exception):  # noqa: N818
+    class Unprintable(Exception):
         def __str__(self) -> str:
             raise RuntimeError
 

@@ -357,6 +357,38 @@ def test_a_bad_step_under_the_last_lease_does_not_cost_the_last_window(alone: Al
     assert alone.metrics == [{"loss": 1.0}, {"loss": 1.0}]
 
 
+def test_a_bad_step_before_all_close_is_every_ranks_error_and_the_last_entry_is_whole(tmp_path: Path) -> None:
+    entries: list[LogEntry] = []
+
+    def script(rank: int, transport: Any) -> None:
+        log = connect(10, transport=transport, sinks=[entries.append], run_dir=tmp_path)
+        for step in range(6):
+            log.record(loss=float(rank))
+            log.log_ready("three" if (rank, step) == (1, 3) else step)  # type: ignore[arg-type]
+        log.close()
+
+    for error in on_threads(3, script):
+        assert isinstance(error, BadType)
+        assert (error.ranks, error.call) == ((1,), 4)
+    assert [(e.step, e.metrics, e.ranks, e.partial) for e in entries] == [
+        (0, {"loss": 1.0}, {}, False),
+        (5, {"loss": 1.0}, {}, False),
+    ]
+
+
+def test_last_windows_that_cannot_be_merged_are_every_ranks_error_and_rank_0s_is_written(tmp_path: Path) -> None:
+    entries: list[LogEntry] = []
+
+    def script(rank: int, transport: Any) -> None:
+        with connect(10, transport=transport, sinks=[entries.append], run_dir=tmp_path) as log:
+            log.log_ready(0)
+            log.record({"n": 5.0}, reduce="sum" if rank else "max")
+
+    for error in on_threads(2, script):
+        assert isinstance(error, ReductionMismatch)
+    assert [(e.metrics, e.partial) for e in entries] == [({}, False), ({"n": 5.0}, True)]
+
+
 def test_a_window_is_kept_until_a_round_has_accepted_it(tmp_path: Path) -> None:
     def script(rank: int, transport: Any) -> Any:
         with connect(10, transport=transport, sinks=[], run_dir=tmp_path, max_lease=0) as log:

@@ -192,6 +192,16 @@ def test_a_device_gives_what_the_host_gives(options: dict[str, Any], monkeypatch
             assert on_device[name] == pytest.approx(share, rel=1e-12), (seed, name)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
+def test_a_value_folds_alike_when_its_key_is_new_and_when_it_is_known(kind: Callable[[float], Any]) -> None:
+    window = OpenWindow()
+    for _ in range(3):
+        window.record({"one": kind(3.0)}, weight=2)
+        window.record({"two": kind(3.0), "three": 1.0}, weight=0.5)
+
+    assert shares(window.take().message) == {"one": (18.0, 6.0), "two": (4.5, 1.5), "three": (1.5, 1.5)}
+
+
 def test_the_newest_value_is_the_last_wherever_it_lies(where: str, window: OpenWindow) -> None:
     values: list[Any] = [1.0, torch.tensor(2.0), 3.0, torch.tensor(4.0)]
     for length in range(1, 5):
