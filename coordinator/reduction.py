@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ SPREAD = ("min", "max", "std", "argmax_rank")
 """What `spread` adds to a key's name."""
 
 _NAMED_RANKS = 16
+_CACHED_BYTES = 65_536
 
 
 class Merged(NamedTuple):
@@ -67,11 +69,8 @@ class Partials:
                 ranks.append(rank)
                 rows.append(window.values)
         for schema, (ranks, rows) in alike.items():
-            keys = unpack_schema(schema, ranks[0])
+            keys = (_known_keys if len(schema) <= _CACHED_BYTES else _keys)(schema, ranks[0])
             width = len(keys)
-            if len({spec.name for spec in keys}) < width:
-                msg = f"the window of rank {ranks[0]} names a key twice"
-                raise ProtocolError(msg, ranks=tuple(ranks[:64]))
             # Column by column, so that thousands of ranks are folded by C loops.
             flat = list(zip(*map(unpack_values, rows, repeat(width), ranks), strict=True))
             for index, spec in enumerate(keys):
@@ -123,6 +122,18 @@ class Partials:
         column.ranks.extend(ranks)
         column.values.extend(values)
         column.weights.extend(weights)
+
+
+def _keys(schema: bytes, rank: int) -> tuple[KeySpec, ...]:
+    keys = unpack_schema(schema, rank)
+    if len({spec.name for spec in keys}) < len(keys):
+        msg = f"the window of rank {rank} names a key twice"
+        raise ProtocolError(msg, ranks=(rank,))
+    return keys
+
+
+# Ranks send the same keys round after round.
+_known_keys = lru_cache(maxsize=32)(_keys)
 
 
 def _options(spec: KeySpec) -> str:

@@ -15,7 +15,7 @@ from logsync.coordinator.errors import ConfigError
 from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
 from logsync.coordinator.host import Host, reserve_run_dir
 from logsync.coordinator.messages import INT64_MAX, MAX_PATH, Settings
-from logsync.coordinator.sinks.base import SinkSet, SinkSpec
+from logsync.coordinator.sinks.base import Sink, SinkSet, SinkSpec
 from logsync.workers.launch import choose_transport, restart_count
 from logsync.workers.training_log import TrainingLog, open_logs
 from logsync.workers.transports.base import Transport
@@ -96,7 +96,10 @@ def connect(
     )
     if folder is not None:
         _refuse_shared_folder(folder, found.rank)
-    host = _host(settings, sink_set, folder, found.world_size) if found.rank == 0 else None
+    host = None
+    if found.rank == 0:
+        reserved = reserve_run_dir(settings.name) if folder is None and _may_use_files(sinks) else None
+        host = _host(settings, sink_set, folder, reserved, found.world_size)
     log = TrainingLog(found, settings, host, given_run_dir=folder)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
     return log
@@ -111,8 +114,15 @@ def _refuse_shared_folder(folder: str, rank: int) -> None:
             raise ConfigError(msg)
 
 
-def _host(settings: Settings, sinks: SinkSet, given: str | None, world_size: int) -> Host:
-    folder, reserved = (given, None) if given is not None else reserve_run_dir(settings.name)
+def _may_use_files(sinks: Sequence[SinkSpec]) -> bool:
+    """Say whether a sink may want the run's folder; the console and plain callables do not."""
+    return any(spec != "console" and (isinstance(spec, (str, Sink)) or not callable(spec)) for spec in sinks)
+
+
+def _host(
+    settings: Settings, sinks: SinkSet, given: str | None, reserved: tuple[str, Path | None] | None, world_size: int
+) -> Host:
+    folder, made = reserved or (given or "runs", None)
     coordinator = Coordinator(
         settings,
         world_size,
@@ -121,7 +131,7 @@ def _host(settings: Settings, sinks: SinkSet, given: str | None, world_size: int
         keep_run_dir=given is not None,
         attempt=restart_count(),
     )
-    return Host(coordinator, sinks, name=settings.name, world_size=world_size, reserved=reserved)
+    return Host(coordinator, sinks, name=settings.name, world_size=world_size, reserved=made)
 
 
 def _version() -> str:

@@ -183,9 +183,7 @@ class Ledger:
                 events.pop()  # earlier and not larger: it cannot matter any more
         events.append(Event(call, "update", value))
         if len(events) - sent > _MOST_EVENTS:
-            # Updates that fall at every call: the first is the largest, and the later ones matter only if another
-            # rank resets between them.
-            events[sent + 1 : -1] = events[sent + 2 : -1 : 2]
+            events[sent:] = _thinned(events[sent:])
 
     def log_written(self, step: LogStepType = None) -> None:
         """Note that a log was written at `step`; None forgets all logs. The step just decided needs no note.
@@ -371,3 +369,17 @@ class Ledger:
         self._fault = None
         self._state = state
         self._restore = data
+
+
+def _thinned(events: list[Event]) -> list[Event]:
+    """Drop every second update of a fall: its first is the largest, others matter only if another rank resets.
+
+    What else was said stays, and so does the first update after it.
+    """
+    kept: list[Event] = []
+    run = 0
+    for event in events:
+        run = run + 1 if event.kind == "update" and event.value is not None else 0
+        if run % 2 != 0 or run == 0:
+            kept.append(event)
+    return kept

@@ -101,7 +101,7 @@ class OpenWindow:
         self._banks: dict[tuple[Any, ...], Bank] = {}
         self._derived: dict[str, str] = {}
         self._order = 0
-        self._schema: tuple[list[KeySpec], bytes] = ([], b"")
+        self._schema: tuple[list[Cell], bytes] = ([], b"")  # the cells of the last message, and their specs' bytes
 
     def record(
         self,
@@ -203,12 +203,13 @@ class OpenWindow:
                 cell.join(value, weight, bank.order)
         self._banks.clear()
         used = [c for c in self._cells.values() if c.used or c.weight]
-        specs = [c.spec for c in used]
-        if specs != self._schema[0]:
-            self._schema = (specs, encode(specs))
+        if not used:
+            return Taken.nothing()
+        if used != self._schema[0]:
+            self._schema = (used, encode([c.spec for c in used]))
         taken = [(c, c.take()) for c in used]
-        values = [number for _, share in taken for number in share[:2]]
-        return Taken(taken, Window(self._schema[1], pack_values(values)) if taken else Window())
+        values = [number for _, share in taken for number in (share.value, share.weight)]
+        return Taken(taken, Window(self._schema[1], pack_values(values)))
 
     def give_back(self, taken: Taken) -> None:
         """Undo a `take` whose frame was not accepted, beside what was recorded since."""

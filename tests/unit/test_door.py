@@ -147,15 +147,18 @@ def test_every_run_has_a_folder_of_its_own_made_at_once(tmp_path: Path) -> None:
     assert all((folder / "metrics.jsonl").is_file() for folder in folders)
 
 
-@pytest.mark.parametrize("sinks", [["jsonl"], [], [lambda _: None]], ids=["jsonl", "none", "a function"])
-def test_a_folder_that_nothing_was_put_into_is_removed(tmp_path: Path, sinks: list[Any]) -> None:
-    log = connect(10, sinks=sinks)
-    if sinks != ["jsonl"]:
-        log.log_ready(0)
-
-    log.close()
+def test_a_folder_that_nothing_was_put_into_is_removed(tmp_path: Path) -> None:
+    connect(10, sinks=["jsonl"]).close()
 
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("sinks", [[], ["console"], [lambda _: None]], ids=["none", "console", "a function"])
+def test_sinks_without_files_make_no_folder(tmp_path: Path, sinks: list[Any]) -> None:
+    with connect(10, sinks=sinks) as log:
+        log.log_ready(0)
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_users_folder_is_neither_made_nor_removed_without_need(tmp_path: Path) -> None:

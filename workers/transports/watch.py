@@ -99,7 +99,7 @@ class Watch:
         dead = dead_neighbours(seen)
         text = GAVE_UP if has_timed_out(waited_s, self._timeout_s) else ""
         self._leave("failed", dead=dead, text=text)
-        if self._rank and 0 not in dead:
+        if self._rank and 0 not in dead and 0 not in leavers(seen):
             found = self._verdict_of_root()
             if found is not None:
                 return found
