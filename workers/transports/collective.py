@@ -98,6 +98,7 @@ class CollectiveTransport:
         self._jobs.put(None)
         # A live group at the interpreter's end can abort the process, so the thread gets time to drop it.
         thread.join(timeout=2.0)
+        self._watch.end()
 
     def _outcome(self, *, patient: bool) -> bytes | None:
         started = time.monotonic()

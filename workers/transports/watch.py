@@ -93,6 +93,11 @@ class Watch:
         """Leave the reason why this rank goes, for at most 2 s."""
         self._leave("left", text=reason[:2000])
 
+    def end(self) -> None:
+        """Let go of the store's clients, each of which holds a connection."""
+        self._notes = None
+        self.position = _nowhere
+
     def explain(self, detail: str, waited_s: float) -> TransportError:
         """Return the error for a round that failed: the root's verdict, or what can be known without it."""
         seen = self._read()
