@@ -65,7 +65,7 @@ def a_log_of_some_ranks() -> Any:
 
 def many_logs_and_rounds_cost_no_file_descriptors() -> Any:
     def open_files() -> int:
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     counts = []
     for _ in range(4):
