@@ -317,8 +317,9 @@ class TrainingLog(Ledger):
         if kind is None:
             self.close()
         else:
+            # A rank that goes because another one was lost is no reason for the rest.
             first_line = str(error).strip().split("\n")[0]
-            self._leave(f"{kind.__name__}: {first_line}")
+            self._leave(None if isinstance(error, TransportError) else f"{kind.__name__}: {first_line}")
 
     def close(self) -> None:
         """End the log: wait until every rank has closed, write what is recorded, flush the sinks.

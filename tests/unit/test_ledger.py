@@ -97,6 +97,20 @@ def test_a_call_under_a_lease_looks_at_nothing_and_allocates_nothing() -> None:
     assert rank.calls == 602
 
 
+def test_a_rank_knows_where_it_is_also_under_a_lease() -> None:
+    rank = SimRank(0, 1, max_lease=5, frequency_type="step")
+    assert rank.position() == (0, None)
+
+    rank = leased(3)
+    positions = []
+    for step in (1, 4, 9):
+        positions.append(rank.position())
+        rank.log_ready(step)
+    sent(rank, 10, "decision")
+
+    assert [*positions, rank.position()] == [(1, 0), (2, 1), (3, 4), (5, 10)]
+
+
 def test_every_call_counts_once_leased_or_not_refused_or_not() -> None:
     world = Lockstep(2, settings(7, max_lease=3))
     refused = 0
@@ -537,6 +551,7 @@ def test_after_a_load_the_next_call_is_a_round_and_the_cadence_goes_on() -> None
     for rank in new.ranks:
         rank.model_updated(9999)  # belongs to what is given up
         rank.load_state_dict(old.ranks[0].state_dict())
+        assert rank.calls == 4  # those made so far stay counted
 
     answers = [new.call([step] * 3) for step in range(15, 21)]
 
