@@ -60,7 +60,10 @@ def test_every_survivor_names_the_lost_rank_in_time_and_nobody_hangs(
             process.wait(10)
 
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps[:5] == list(range(5))
+    # An entry is handed over at rank 0's next call, so a rank 0 that is killed takes the last one with it.
+    assert steps[:4] == [0, 1, 2, 3]
+    assert steps == list(range(len(steps)))
+    assert len(steps) > 4 or victim == 0
 
 
 def _start(fault: str, victim: int, folder: Path) -> list[subprocess.Popen[bytes]]:
