@@ -188,8 +188,9 @@ def frames_and_replies_grow_and_shrink(member: Member) -> Any:
 
 def _check_too_large(results: list[Any]) -> None:
     _alike(results)
-    (kind, text, _), reply = results[0]
+    (kind, text, ranks), reply = results[0]
     assert kind == "FrameTooLarge", text
+    assert ranks == (len(results) - 1,), text
     assert f"rank {len(results) - 1}" in text, text
     assert reply == b"the next round", "the group did not go on"
 
@@ -203,6 +204,27 @@ def a_frame_over_the_maximum_is_refused_on_all_ranks_and_the_group_goes_on(membe
         return _raised(lambda: transport.exchange(bytes(size))), transport.exchange(b"small")
     finally:
         transport.close()
+
+
+def _check_closed(results: list[Any]) -> None:
+    assert results == [True] * len(results)
+
+
+@_scenario(_check_closed, least_ranks=2)
+def a_last_window_over_the_maximum_does_not_keep_the_log_from_closing(member: Member) -> Any:
+    log = member.connect(100)
+    log.log_ready(0)
+    if member.is_last():
+        frame = log._frame  # noqa: SLF001
+
+        def large(*args: Any, **options: Any) -> bytes:
+            # Thousands of metrics a log could not record in a test's time; the padding goes with the window.
+            return frame(*args, **options) + bytes(MAX_FRAME if options["window"].values else 0)
+
+        log._frame = large  # type: ignore[method-assign]  # noqa: SLF001
+        log.record(x=1.0)
+    log.close()
+    return True
 
 
 # -- agreed errors: they reach every rank, and leave the group working -----------------------------------------

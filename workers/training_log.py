@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from logsync.coordinator.errors import (
     AgreedError,
     ForkedProcess,
+    FrameTooLarge,
     LogClosed,
     LogsyncError,
     RoundInterrupted,
@@ -257,8 +258,12 @@ class TrainingLog(Ledger):
         except LogsyncError:
             self._window.give_back(taken)
             raise
-        except BaseException:
+        except BaseException as error:
             self._doubtful = (seq, taken)  # whether the root took it is not known before the end
+            self._unusable = RoundInterrupted(
+                f"round {self._round} was left half done by {type(error).__name__}; its outcome is not known here, "
+                "so this log makes no further rounds"
+            )
             raise
         if decision.entry is None:
             self._window.give_back(taken)
@@ -272,16 +277,8 @@ class TrainingLog(Ledger):
         started = time.perf_counter()
         try:
             reply = self._transport.exchange(frame, patient=patient)
-        except AgreedError:
-            raise  # refused before the root saw it, on all ranks alike: the round is still to be made
         except TransportError as error:
             self._unusable = error
-            raise
-        except BaseException as error:
-            self._unusable = RoundInterrupted(
-                f"round {self._round} was left half done by {type(error).__name__}; its outcome is not known here, "
-                "so this log makes no further rounds"
-            )
             raise
         self._rounds += 1
         self._bytes_sent += len(frame)
@@ -350,6 +347,10 @@ class TrainingLog(Ledger):
                     if refused is not None:
                         raise
                     refused = error
+                elif isinstance(error, FrameTooLarge) and self._rank in error.ranks:
+                    # No round can take it, so the others would wait for this rank for ever.
+                    _logger.error("the last window of rank %d is dropped: %s", self._rank, error)  # noqa: TRY400 - it says all
+                    self._window.clear()
             else:
                 if self._finished:
                     self._complete = True
@@ -370,7 +371,7 @@ class TrainingLog(Ledger):
             try:
                 self._settle()
                 self._host.leave(self._rank, self._last_window, self._current, self.calls)
-            except LogsyncError:
+            except Exception:
                 _logger.exception("could not write the last window of rank %d", self._rank)
         self._let_go(reason)
 

@@ -30,6 +30,7 @@ __all__ = ["CollectiveTransport"]
 # Every slot starts with a header, of a frame: status, length; of a reply: status, size of the next slots, length.
 _FRAME_HEAD = struct.Struct("<Q8s")
 _REPLY_HEAD = struct.Struct("<II8s")
+_CULPRIT = struct.Struct("<I")  # before the text of a refusal
 _HEAD = 16
 _FIRST_SLOT = 1024  # frozen for ever: the hello must fit between any two versions
 
@@ -111,7 +112,8 @@ class CollectiveTransport:
                 pause = self._watch.waiting(time.monotonic() - started, patient=patient)
                 continue
             if isinstance(outcome, _Broken):
-                raise self._watch.explain(outcome.detail, outcome.waited_s)
+                # A patient wait has no timeout of its own: what ended it was a broken connection.
+                raise self._watch.explain(outcome.detail, 0.0 if patient else outcome.waited_s)
             if isinstance(outcome, LogsyncError):
                 raise outcome
             return outcome
@@ -205,7 +207,8 @@ class _Wire:
                 if status == _FITS:
                     return reply
                 if status == _REFUSED:
-                    return FrameTooLarge(printable(reply.decode(errors="replace")))
+                    (culprit,) = _CULPRIT.unpack_from(reply)
+                    return FrameTooLarge(printable(reply[_CULPRIT.size :].decode(errors="replace")), ranks=(culprit,))
         except Exception as error:  # noqa: BLE001 - gloo raises RuntimeError, torch several kinds
             # Only its text: the error's traceback holds references to the group.
             return _Broken(printable(str(error).strip().split("\n")[0], 300), time.monotonic() - started)
@@ -249,7 +252,7 @@ class _Wire:
                 f"the frame of rank {rank} has {longest} bytes, {self._limit} are the most in a world of "
                 f"{self._world_size}; record fewer metrics per log"
             )
-            self._answer(_REFUSED, text.encode(), slot)
+            self._answer(_REFUSED, _CULPRIT.pack(rank) + text.encode(), slot)
         elif longest > slot - _HEAD:
             self._answer(_AGAIN, b"", _slot_for(longest))
         elif self._root is not None:

@@ -29,7 +29,7 @@ class ThreadWorld:
         self._changed = threading.Condition()
         self._root: Root | None = None
         self._round = Round(0, world_size)
-        self._too_large: str | None = None
+        self._too_large: FrameTooLarge | None = None
         self._outcomes: dict[int, bytes | Exception] = {}  # by round; kept for the ranks that have not fetched theirs
         self._unfetched: dict[int, int] = {}
         self._positions: dict[int, Position] = {}
@@ -47,7 +47,8 @@ class ThreadWorld:
                 raise copy.copy(self._lost)
             this = self._round
             if len(frame) > MAX_FRAME:
-                self._too_large = f"rank {rank} sent a frame of {len(frame)} bytes, {MAX_FRAME} are the most"
+                msg = f"rank {rank} sent a frame of {len(frame)} bytes, {MAX_FRAME} are the most"
+                self._too_large = FrameTooLarge(msg, ranks=(rank,))
                 frame = b""
             this.add(rank, frame)
             if this.complete:
@@ -66,7 +67,7 @@ class ThreadWorld:
         while self._root is None:
             self._wait(this, deadline)
         too_large, self._too_large = self._too_large, None
-        self._outcomes[this.number] = FrameTooLarge(too_large) if too_large else self._root(this.frames())
+        self._outcomes[this.number] = too_large or self._root(this.frames())
         self._unfetched[this.number] = self._world_size
         self._round = Round(this.number + 1, self._world_size)
         self._changed.notify_all()
