@@ -79,7 +79,7 @@ class LogsyncError(Exception):
         ranks: tuple[int, ...] = (),
         call: int | None = None,
         step: Step = None,
-        round: int | None = None,  # noqa: A002 - the word of the design, and of the frame's field
+        round: int | None = None,  # noqa: A002 - the frame's field is called so
     ) -> None:
         super().__init__(message)
         self.ranks = ranks

@@ -43,7 +43,7 @@ class Schedule:
 class Oracle:
     """One FrequencyManager that is told everything at once and asked at every call.
 
-    Its rules are section 3 of the design, written without leases, frames or compression.
+    The rules of the README, written without leases, frames or compression.
     """
 
     def __init__(self, schedule: Schedule) -> None:

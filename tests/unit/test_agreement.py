@@ -1,4 +1,4 @@
-"""Section 3's promises over many random schedules, against an oracle that is asked at every call."""
+"""The promises of agreement, equivalence and lateness over many random schedules, against an oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many calls cannot be due: section 3's formula, by hand and against counting the calls out."""
+"""How many calls cannot be due: the formula, by hand and against counting the calls out."""
 
 from __future__ import annotations
 

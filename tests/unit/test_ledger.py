@@ -343,7 +343,7 @@ def test_what_is_said_briefly_has_the_outcome_of_everything_that_was_said(words:
 
 
 def _outcome(events: Sequence[Event]) -> tuple[Step, Step, bool]:
-    """Last log, last update, updated since the log, by section 3's rules."""
+    """Last log, last update, updated since the log, by the rules of a round."""
     last_log: Step = 0
     last_update: Step = None
     updated = False
