@@ -35,7 +35,7 @@ def replies_are_broadcast_on_our_own_group() -> Any:
 
     kept = {name: getattr(dist, name) for name in OTHERS}
     with connect(10, sinks=[]) as log:
-        dist.broadcast = recorded
+        dist.broadcast = recorded  # type: ignore[assignment]
         for name in OTHERS:
             setattr(dist, name, refused)
         try:
