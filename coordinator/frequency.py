@@ -204,7 +204,9 @@ def earliest(last: int | float, frequency: int | float) -> int | float:
 
 
 def _tolerance(current: int | float, due: int | float, frequency: int | float) -> float:
-    return min(1e-6 * frequency + 8 * math.ulp(max(abs(current), abs(due))), frequency / 2)
+    # Never half of a ten-thousandth or more: there it would differ from the source's rounding.
+    relative = min(1e-6 * frequency, 4.9e-5)
+    return min(relative + 8 * math.ulp(max(abs(current), abs(due))), frequency / 2)
 
 
 def checked_step(step: object, frequency_type: str) -> LogStepType:
