@@ -7,11 +7,15 @@ through `connect`, as users do, or through the bare transport where the promise 
         ...                                     # an object with world_size and run(name), see `World`
 
     check_transport(make_world)
+
+To see every scenario as a test of its own, run `SCENARIOS[name].check(world.run(name))` for each name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,9 +23,17 @@ from logsync.coordinator.errors import LogsyncError
 from logsync.coordinator.messages import MAX_FRAME
 from logsync.workers.door import connect
 from logsync.workers.training_log import TrainingLog
-from logsync.workers.transports.base import Transport
+from logsync.workers.transports.base import Root, Transport
+from logsync.workers.transports.local import LocalTransport
 
 __all__ = ["SCENARIOS", "Member", "Scenario", "World", "check_transport", "play"]
+
+
+_TIMEOUT_S = 60.0
+_SHORT_TIMEOUT_S = 2.0
+_GRACE_S = 5.0  # what a transport has, beyond its timeout, to find out who is missing
+_AT_ONCE_S = 2.0
+_LOST = ("RoundTimeout", "PeerLost", "PeerFailed", "CoordinatorLost")
 
 
 class World(Protocol):
@@ -32,7 +44,8 @@ class World(Protocol):
     def run(self, name: str) -> list[Any]:
         """Have every rank call `play(name, member)` with its own member; return what they returned, by rank.
 
-        A rank that raised or did not return in time is an error of the world's own choosing.
+        Raise what a rank raised, or for a rank that does not return in time. Ranks may then be at different places, so
+        the next call needs a world that was made anew.
         """
 
 
@@ -41,10 +54,14 @@ class Member:
 
     Args:
         rank, world_size: as the transport will have them.
-        make_transport: returns a new transport that is not started yet; the n-th calls on all ranks belong together.
+        make_transport: returns a new transport that is not started yet, whose rounds wait for as many seconds as it
+            is given; the n-th calls on all ranks belong together.
+
+    Attributes:
+        entries: what the logs of this rank have handed to their sinks.
     """
 
-    def __init__(self, rank: int, world_size: int, make_transport: Callable[[], Transport]) -> None:
+    def __init__(self, rank: int, world_size: int, make_transport: Callable[[float], Transport]) -> None:
         self.rank = rank
         self.world_size = world_size
         self.make_transport = make_transport
@@ -52,8 +69,14 @@ class Member:
 
     def connect(self, log_frequency: float | None = 1, **options: Any) -> TrainingLog:
         """Open a log whose entries rank 0 collects in `entries`."""
-        options = {"sinks": [self.entries.append], "run_dir": "not-used", "timeout": 60.0, **options}
-        return connect(log_frequency, transport=self.make_transport(), **options)
+        options = {"sinks": [self.entries.append], "run_dir": "not-used", "timeout": _TIMEOUT_S, **options}
+        return connect(log_frequency, transport=self.make_transport(options["timeout"]), **options)
+
+    def start(self, root: Root, timeout_s: float = _TIMEOUT_S) -> Transport:
+        """Start a bare transport that has `root` on rank 0."""
+        transport = self.make_transport(timeout_s)
+        transport.start(root if self.rank == 0 else None)
+        return transport
 
     def is_last(self) -> bool:
         """Whether this is the highest rank."""
@@ -76,8 +99,12 @@ def check_transport(make_world: Callable[[int], World], sizes: Sequence[int] = (
     """Play every scenario on worlds of the given sizes.
 
     Raises:
-        AssertionError: a promise is broken; the text names the scenario and the size.
+        AssertionError: a promise is broken; the text names the scenario, the size, and the rank if one raised.
+        RuntimeError: Python runs with -O, which leaves out the checks.
     """
+    if not __debug__:
+        msg = "check_transport() checks by assert statements; run Python without -O"
+        raise RuntimeError(msg)
     for size in sizes:
         world = make_world(size)
         for scenario in SCENARIOS.values():
@@ -90,8 +117,16 @@ def check_transport(make_world: Callable[[int], World], sizes: Sequence[int] = (
 
 
 def play(name: str, member: Member) -> Any:
-    """Play this rank's part of a scenario; what it returns can be pickled."""
-    return SCENARIOS[name].play(member)
+    """Play this rank's part of a scenario; what it returns can be pickled.
+
+    Raises:
+        AssertionError: this rank raised what the scenario does not expect; the text names it.
+    """
+    try:
+        return SCENARIOS[name].play(member)
+    except Exception as error:
+        msg = f"rank {member.rank} of {member.world_size} in {name}: {type(error).__name__}: {error}"
+        raise AssertionError(msg) from error
 
 
 def _scenario(
@@ -153,21 +188,20 @@ def _check_bytes(results: list[Any]) -> None:
 
 
 def _rounds_of(member: Member, sizes: Sequence[tuple[int, int]]) -> Any:
-    """Make raw rounds with frames of size * (rank + 1) bytes and replies of given sizes."""
+    """Make raw rounds with frames and replies of given sizes, those of the replies being the least."""
     runs = 0
     wanted = iter([reply for _, reply in sizes])
 
     def root(frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         nonlocal runs
         runs += 1
-        return _digest(frames).ljust(next(wanted), b".")
+        return _digest(frames).ljust(next(wanted, 0), b".")
 
-    transport = member.make_transport()
-    transport.start(root if member.rank == 0 else None)
+    transport = member.start(root)
     replies, sent = [], []
     try:
         for number, (size, _) in enumerate(sizes):
-            frame = bytes([65 + (number + member.rank) % 26]) * (size * (member.rank + 1))
+            frame = bytes([65 + (number + member.rank) % 26]) * size
             sent.append(_digest([frame]))
             replies.append(transport.exchange(frame))
     finally:
@@ -177,19 +211,29 @@ def _rounds_of(member: Member, sizes: Sequence[tuple[int, int]]) -> Any:
 
 @_scenario(_check_bytes)
 def every_rank_gets_the_same_bytes_and_the_root_runs_once_a_round(member: Member) -> Any:
-    return _rounds_of(member, [(10, 0), (0, 0), (300, 0), (7, 500)])
+    times = member.rank + 1
+    return _rounds_of(member, [(10 * times, 0), (0, 0), (300 * times, 0), (7, 500)])
 
 
 @_scenario(_check_bytes)
 def frames_and_replies_grow_and_shrink(member: Member) -> Any:
-    edges = [(size, 0) for size in (1007, 1008, 1009, 2**16, 300_000)] + [(10, size) for size in (1009, 2**16, 2**20)]
-    return _rounds_of(member, [*edges, *[(5, 0)] * 20, (4000, 9000), *[(5, 0)] * 20, (2**20, 2**20), (1, 1)])
+    times = member.rank + 1
+    frames = [(size * times, 0) for size in (1007, 1008, 1009, 2**16, 300_000)]
+    replies = [(10, size) for size in (1007, 1008, 1009, 2**16, 2**20)]
+    again = [(4000 * times, 9000), *[(5, 0)] * 20, (2**20 * times, 2**20), (1, 1)]
+    return _rounds_of(member, [*frames, *replies, *[(5, 0)] * 20, *again])
+
+
+@_scenario(_check_bytes)
+def one_ranks_frame_may_be_much_larger_than_the_others(member: Member) -> Any:
+    large = [rank for rank in range(member.world_size) for _ in range(3)]
+    return _rounds_of(member, [(100_000 if member.rank == rank else 3, 0) for rank in large + large[::-1]])
 
 
 def _check_too_large(results: list[Any]) -> None:
     _alike(results)
     (kind, text, ranks), reply = results[0]
-    assert kind == "FrameTooLarge", text
+    assert kind == "FrameTooLarge", f"{kind}: {text}"
     assert ranks == (len(results) - 1,), text
     assert f"rank {len(results) - 1}" in text, text
     assert reply == b"the next round", "the group did not go on"
@@ -197,8 +241,7 @@ def _check_too_large(results: list[Any]) -> None:
 
 @_scenario(_check_too_large, least_ranks=2)
 def a_frame_over_the_maximum_is_refused_on_all_ranks_and_the_group_goes_on(member: Member) -> Any:
-    transport = member.make_transport()
-    transport.start((lambda _: b"the next round") if member.rank == 0 else None)
+    transport = member.start(lambda _: b"the next round")
     try:
         size = MAX_FRAME + 1 if member.is_last() else 100
         return _raised(lambda: transport.exchange(bytes(size))), transport.exchange(b"small")
@@ -279,7 +322,7 @@ def a_skipped_call_is_everybodys_error(member: Member) -> Any:
 def _check_mixed_up(results: list[Any]) -> None:
     _alike(results)
     (kind, text, ranks), metrics = results[0]
-    assert kind == "RoundMismatch", text
+    assert kind == "RoundMismatch", f"{kind}: {text}"
     assert ranks, text
     assert "write()" in text, text
     assert metrics["x"] == 2 * len(results), f"recorded values were lost or doubled: {metrics}"
@@ -327,7 +370,7 @@ def a_state_that_one_rank_does_not_load_is_everybodys_error(member: Member) -> A
 def _check_failing_root(results: list[Any]) -> None:
     _alike(results)
     (kind, text, _), metrics = results[0]
-    assert kind == "CoordinatorFailed", text
+    assert kind == "CoordinatorFailed", f"{kind}: {text}"
     assert "the disk of the root" in text, text
     assert metrics["x"] == 2 * len(results), f"recorded values were lost or doubled: {metrics}"
 
@@ -352,10 +395,11 @@ def a_failing_root_is_everybodys_error_and_the_group_goes_on(member: Member) -> 
 def _check_config(results: list[Any]) -> None:
     _alike(results)
     last = len(results) - 1
-    for field, (kind, text, ranks) in results[0].items():
+    for field, (value, (kind, text, ranks)) in results[0].items():
         assert kind == "ConfigMismatch", f"{field}: {text}"
         assert ranks == (last,), f"{field}: {ranks}"
         assert field in text, text
+        assert f"rank {last}: {value}" in text, text
 
 
 @_scenario(_check_config, least_ranks=2)
@@ -366,6 +410,7 @@ def different_settings_are_refused_by_name_on_all_ranks(member: Member) -> Any:
         "frequency_type": "batch",
         "name": "val",
         "write": "explicit",
+        "timeout": 59.0,
         "max_lease": 7,
     }
     found = {}
@@ -374,7 +419,8 @@ def different_settings_are_refused_by_name_on_all_ranks(member: Member) -> Any:
         if member.is_last():
             options[field] = value
         frequency = options.pop("log_frequency")
-        found[field] = _raised(lambda frequency=frequency, options=options: member.connect(frequency, **options))  # type: ignore[misc]
+        error = _raised(lambda frequency=frequency, options=options: member.connect(frequency, **options))  # type: ignore[misc]
+        found[field] = repr(value), error
     return found
 
 
@@ -458,6 +504,66 @@ def a_rank_that_closes_early_keeps_answering_the_root_included(member: Member) -
                 log.log_ready(step)
         found.append([(entry.step, entry.metrics) for entry in member.entries])
     return found
+
+
+def _check_one_by_one(results: list[Any]) -> None:
+    size = len(results)
+    _alike([last_entry for last_entry, _ in results])
+    for entries in results[0][1]:
+        steps = [step for step, _ in entries]
+        assert steps == sorted(steps), steps
+        assert steps[-1] == 12 * size - 7, f"what was open at the end is missing: {steps}"
+        assert 15 in steps or size == 1, f"the entry of write() is missing: {steps}"
+        total = sum(metrics.get("x", 0.0) for _, metrics in entries)
+        assert total == sum(6 + 12 * place for place in range(size)), entries
+
+
+@_scenario(_check_one_by_one)
+def ranks_that_close_one_by_one_lose_nothing(member: Member) -> Any:
+    last_entries, found = [], []
+    for place in (member.rank, member.world_size - 1 - member.rank):
+        member.entries.clear()
+        with member.connect(10) as log:
+            for step in range(6 + 12 * place):
+                _x(log)
+                log.log_ready(step)
+                if step == 15:
+                    log.write(step)
+        last_entries.append((log.last_entry.step, log.last_entry.metrics) if log.last_entry else None)
+        found.append([(entry.step, entry.metrics) for entry in member.entries])
+    return last_entries, found
+
+
+def _check_sat_out(results: list[Any]) -> None:
+    closed, *others = results
+    assert closed == (None, None), f"a rank that had closed got what was meant for the others: {closed}"
+    _alike(others)
+    (kind, text, ranks), metrics = others[0]
+    assert kind == "BadType", f"{kind}: {text}"
+    assert ranks == (len(results) - 1,), text
+    assert metrics["x"] == 1 + 2 * len(others), f"recorded values were lost or doubled: {metrics}"
+
+
+@_scenario(_check_sat_out, least_ranks=2)
+def a_rank_that_has_closed_sits_out_the_others_mistakes(member: Member) -> Any:
+    with member.connect(10, max_lease=0) as log:
+        log.log_ready(0)
+        _x(log)
+        if member.rank == 0:
+            return None, None
+        error = _raised(lambda: log.log_ready("7" if member.is_last() else 1))  # type: ignore[arg-type]
+        _x(log)
+        return error, log.write(2).metrics
+
+
+@_scenario(_check_closed, least_ranks=2)
+def a_rank_that_has_closed_waits_for_longer_than_the_timeout(member: Member) -> Any:
+    with member.connect(100, timeout=_SHORT_TIMEOUT_S, max_lease=0) as log:
+        log.log_ready(0)
+        if member.is_last():
+            return True
+        time.sleep(1.5 * _SHORT_TIMEOUT_S)  # a long step
+        return not log.log_ready(1)
 
 
 def _check_logged(expected: list[int]) -> Callable[[list[Any]], None]:
@@ -595,3 +701,128 @@ def a_state_is_the_same_bytes_everywhere_and_continues_the_log(member: Member) -
                 steps.append(step)
                 seqs.append(log.last_entry.seq if log.last_entry else -1)
     return states, steps, seqs
+
+
+def _check_state_travels(results: list[Any]) -> None:
+    _alike(results)
+    logged, _ = results[0]
+    assert logged == [(seq, 10 * seq, seq // 3 if seq < 5 else 2) for seq in range(7)], logged
+
+
+@_scenario(_check_state_travels)
+def a_state_is_loaded_at_another_world_size(member: Member) -> Any:
+    logged: list[tuple[int, Any, int]] = []
+    states: list[dict[str, bytes]] = []
+
+    def go_on(log: TrainingLog, steps: Iterable[int]) -> None:
+        with log:
+            if states:
+                log.load_state_dict(states[-1])
+            for step in steps:
+                if log.log_ready(step):
+                    entry = log.last_entry
+                    assert entry is not None
+                    logged.append((entry.seq, entry.step, entry.attempt))
+            states.append(log.state_dict())
+
+    go_on(connect(10, transport=LocalTransport(), sinks=[]), range(25))
+    go_on(member.connect(10), range(25, 45))
+    go_on(connect(10, transport=LocalTransport(), sinks=[]), range(45, 65))
+    return logged, states
+
+
+# -- the group is lost -----------------------------------------------------------------------------------------
+
+
+def _timed(call: Callable[[], object]) -> tuple[tuple[str, str, tuple[int, ...]], float]:
+    started = time.monotonic()
+    error = _raised(call)
+    return error, time.monotonic() - started
+
+
+def _check_never_came(results: list[Any]) -> None:
+    for absent in results[0]:
+        for rank, told in enumerate(result[absent] for result in results):
+            for (kind, text, ranks), _ in told:
+                assert kind in _LOST, f"rank {rank}, while rank {absent} was missing: {kind}: {text}"
+                assert rank == absent or absent in ranks, f"rank {rank} heard of ranks {ranks}, not {absent}: {text}"
+            seconds = [taken for _, taken in told]
+            assert seconds[0] <= _SHORT_TIMEOUT_S + _GRACE_S, f"rank {rank} knew after {seconds[0]:.1f} s"
+            assert max(seconds[1:]) < _AT_ONCE_S, f"rank {rank} waited for a group that was lost: {seconds}"
+
+
+@_scenario(_check_never_came, least_ranks=2)
+def a_rank_that_never_comes_is_every_other_ranks_error_in_time_and_for_good(member: Member) -> Any:
+    found = {}
+    with member.connect(None, name="healthy") as healthy:
+        for absent in (0, member.world_size - 1):
+            doomed = member.connect(1, name="doomed", run_dir="not-used-either", timeout=_SHORT_TIMEOUT_S)
+            if member.rank == absent:
+                healthy.write(absent)  # comes back when the others have given the doomed log up
+            found[absent] = [
+                _timed(lambda doomed=doomed: doomed.log_ready(0)),  # type: ignore[misc]
+                _timed(lambda doomed=doomed: doomed.log_ready(1)),  # type: ignore[misc]
+                _timed(lambda doomed=doomed: doomed.write(1)),  # type: ignore[misc]
+                _timed(doomed.close),
+            ]
+            if member.rank != absent:
+                healthy.write(absent)
+    return found
+
+
+def _check_reason(results: list[Any]) -> None:
+    for leaver in results[0]:
+        for rank, (kind, text, ranks) in enumerate(result[leaver] for result in results):
+            if rank != leaver:
+                assert kind == "PeerFailed", f"rank {rank}: {kind}: {text}"
+                assert ranks == (leaver,), text
+                assert f"rank {leaver}" in text, text
+                assert "ValueError: the loss of batch 17" in text, text
+
+
+@_scenario(_check_reason, least_ranks=2)
+def a_rank_that_raises_leaves_its_reason_to_the_others(member: Member) -> Any:
+    found = {}
+    for leaver in (0, member.world_size - 1):
+
+        def train(leaver: int = leaver) -> None:
+            with member.connect(1) as log:
+                log.log_ready(0)
+                if member.rank == leaver:
+                    msg = "the loss of batch 17"
+                    raise ValueError(msg)
+                log.log_ready(1)
+
+        try:
+            found[leaver] = _raised(train)
+        except ValueError:
+            found[leaver] = "its own", "", ()
+    return found
+
+
+def _or_hangs(call: Callable[[], tuple[str, str, tuple[int, ...]]]) -> tuple[str, str, tuple[int, ...]]:
+    """Return what `call` returns, unless it takes too long: a hang here would take the whole world with it."""
+    results: list[tuple[str, str, tuple[int, ...]]] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    thread.join(2 * _GRACE_S)
+    return results[0] if results else ("nothing was raised", f"it hangs for {2 * _GRACE_S:.0f} s", ())
+
+
+def _check_left(results: list[Any]) -> None:
+    for rank, errors in enumerate(results[:-1]):
+        for kind, text, _ in errors:
+            assert kind in _LOST, f"rank {rank}: {kind}: {text}"
+
+
+@_scenario(_check_left, least_ranks=2)
+def a_transport_that_is_closed_ends_the_others_rounds(member: Member) -> Any:
+    transport = member.start(lambda _: b"")
+    transport.exchange(b"")
+    try:
+        if member.is_last():
+            return []
+        return [_or_hangs(lambda: _raised(lambda: transport.exchange(b""))) for _ in range(2)]
+    finally:
+        transport.close()
+        transport.close()  # a second one does nothing

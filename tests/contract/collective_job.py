@@ -14,40 +14,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from logsync.coordinator.errors import ForkedProcess
+from logsync.coordinator.errors import ForkedProcess, TransportError
 from logsync.workers import connect
 from support.torchrun import wait_for
 
-OTHERS = ("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast_object_list", "gather", "reduce")
+CONNECTED: dict[str, Any] = {"sinks": [], "max_lease": 0}
 
 
 def replies_are_broadcast_on_our_own_group() -> Any:
-    """Record every call of torch.distributed.broadcast, and refuse the other collectives' front doors."""
+    """Count what happens on each group: gloo numbers its collectives, whichever door they come through."""
     broadcast, seen = dist.broadcast, []
+    default = dist.group.WORLD
+    assert default is not None
+    before = numbered(default)
 
     def recorded(tensor: torch.Tensor, src: int | None = None, group: Any = None, **options: Any) -> Any:
-        seen.append((group is dist.group.WORLD or group is None, group.group_desc, str(tensor.dtype), src))
+        seen.append((group is default or group is None, group.group_desc, str(tensor.dtype), src, numbered(group)))
         return broadcast(tensor, src=src, group=group, **options)
 
-    def refused(*_: Any, **__: Any) -> None:
-        msg = "a collective of the default group"
-        raise AssertionError(msg)
-
-    kept = {name: getattr(dist, name) for name in OTHERS}
     with connect(10, sinks=[]) as log:
         dist.broadcast = recorded  # type: ignore[assignment]
-        for name in OTHERS:
-            setattr(dist, name, refused)
         try:
             for step in range(35):
                 log.record(x=1.0)
                 log.log_ready(step)
         finally:
             dist.broadcast = broadcast
-            for name, function in kept.items():
-                setattr(dist, name, function)
         rounds = log.stats.rounds
-    return {"rounds": rounds, "broadcasts": [list(one) for one in seen]}
+    on_default = numbered(default) - before
+    broadcast(torch.zeros(1), src=0)
+    assert numbered(default) == before + on_default + 1, "gloo does not number its collectives"
+    return {"rounds": rounds, "broadcasts": [list(one) for one in seen], "on_default": on_default}
+
+
+def numbered(group: Any) -> int:
+    return int(group._get_sequence_number_for_group())
 
 
 def a_log_of_some_ranks() -> Any:
@@ -69,7 +70,7 @@ def many_logs_and_rounds_cost_no_file_descriptors() -> Any:
 
     counts = []
     for _ in range(4):
-        with connect(1, sinks=[], max_lease=0) as log:
+        with connect(1, **CONNECTED) as log:
             log.log_ready(0)
             before = open_files()
             for step in range(1, 30):
@@ -80,7 +81,7 @@ def many_logs_and_rounds_cost_no_file_descriptors() -> Any:
 
 
 def a_forked_child_is_refused() -> Any:
-    with connect(1, sinks=[], max_lease=0) as log:
+    with connect(1, **CONNECTED) as log:
         log.log_ready(0)
         child = os.fork()
         if child == 0:
@@ -93,26 +94,61 @@ def a_forked_child_is_refused() -> Any:
         return os.waitstatus_to_exitcode(status), log.log_ready(1)
 
 
-def a_signal_is_served_while_a_rank_waits(folder: Path) -> Any:
-    """Rank 0 waits in a round; the others join only when its handler has run."""
-    served = folder / "served"
+def signals_are_served_while_a_rank_waits(folder: Path) -> Any:
+    """Rank 0 waits in a round; the others join only when its handlers have run."""
+    signals = (signal.SIGTERM, signal.SIGINT)
 
-    def handler(_: int, __: FrameType | None) -> None:
-        served.write_text("the handler ran")
+    def handler(number: int, _: FrameType | None) -> None:
+        (folder / f"served{number}").touch()
 
-    if dist.get_rank() == 0:
-        signal.signal(signal.SIGUSR2, handler)
-        (folder / "pid").write_text(str(os.getpid()))
-    with connect(1, sinks=[], max_lease=0) as log:
+    kept = [signal.signal(number, handler) for number in signals] if dist.get_rank() == 0 else []
+    with connect(1, **CONNECTED) as log:
         log.log_ready(0)
-        if dist.get_rank() == 1:
-            wait_for(folder / "pid", 20)
-            os.kill(int((folder / "pid").read_text()), signal.SIGUSR2)
-        if dist.get_rank() != 0:
-            wait_for(served, 20)
-        started = time.monotonic()
+        if dist.get_rank() == 0:
+            (folder / "pid").write_text(str(os.getpid()))
+        for number in signals:
+            if dist.get_rank() == 1:
+                wait_for(folder / "pid", 20)
+                os.kill(int((folder / "pid").read_text()), number)
+            if dist.get_rank() != 0:
+                wait_for(folder / f"served{number}", 20)
         ready = log.log_ready(1)
-        return ready, time.monotonic() - started < 20
+    for number, before in zip(signals, kept, strict=False):
+        signal.signal(number, before)
+    return ready
+
+
+def ctrl_c_in_a_round_frees_the_others(folder: Path) -> Any:
+    """Rank 1 is interrupted in a round, in which it waits for rank 0 and rank 2 beside it."""
+    waiter, interrupted = folder / "waiter", folder / "interrupted"
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_code.co_name != "exchange":
+            frame = frame.f_back
+        if frame is not None and not interrupted.exists():
+            interrupted.touch()
+            raise KeyboardInterrupt
+
+    answers: list[bool] = []
+    try:
+        with connect(1, **CONNECTED) as log:
+            log.log_ready(0)
+            if dist.get_rank() == 1:
+                signal.signal(signal.SIGINT, handler)
+                waiter.write_text(str(os.getpid()))
+            if dist.get_rank() == 0:
+                wait_for(waiter, 20)
+                deadline = time.monotonic() + 20
+                while not interrupted.exists():
+                    assert time.monotonic() < deadline, "rank 1 does not come to the round"
+                    os.kill(int(waiter.read_text()), signal.SIGINT)
+                    time.sleep(0.01)
+            answers += [log.log_ready(step) for step in range(1, 4)]
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt", [], ""
+    except TransportError as error:
+        return type(error).__name__, error.ranks, str(error)
+    return "nothing was raised", [], str(answers)
 
 
 def the_process_group_is_destroyed_before_the_log_is_closed() -> Any:
@@ -135,7 +171,8 @@ def main() -> None:
         "some_ranks": a_log_of_some_ranks(),
         "files": many_logs_and_rounds_cost_no_file_descriptors(),
         "fork": a_forked_child_is_refused(),
-        "signal": a_signal_is_served_while_a_rank_waits(folder),
+        "signals": signals_are_served_while_a_rank_waits(folder),
+        "interrupted": ctrl_c_in_a_round_frees_the_others(folder),
         "destroyed": the_process_group_is_destroyed_before_the_log_is_closed(),
     }
     (folder / f"result.rank{rank}.json").write_text(json.dumps(results))

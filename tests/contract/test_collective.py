@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         nproc=3,
         folder=folder,
         timeout_s=100,
-        environ={"PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"},
+        environ={
+            "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}",
+            "RES_OPTIONS": "timeout:1 attempts:1",  # as in GlooWorld
+        },
     )
 
 
@@ -31,10 +36,17 @@ def test_the_job_ends_cleanly(job: Ran) -> None:
     job.assert_clean()
 
 
-def test_the_reply_goes_by_one_broadcast_a_round_on_our_own_group_and_nothing_on_the_default_one(job: Ran) -> None:
+def test_a_round_is_two_collectives_of_our_own_group_the_second_torchs_broadcast(job: Ran) -> None:
     for result in results(job, "broadcasts"):
-        # Logs at 0, 10, 20 and 30, and one round more in the first interval.
-        assert result == {"rounds": 5, "broadcasts": [[False, "logsync", "torch.uint8", 0]] * 5}
+        # Logs at 0, 10, 20 and 30, and one round more in the first interval. The hello has the numbers 1 and 2.
+        assert result["rounds"] == 5
+        assert result["broadcasts"] == [
+            [False, "logsync", "torch.uint8", 0, 2 + 2 * number + 1] for number in range(result["rounds"])
+        ]
+
+
+def test_no_collective_of_ours_is_on_the_default_group(job: Ran) -> None:
+    assert [result["on_default"] for result in results(job, "broadcasts")] == [0, 0, 0]
 
 
 def test_a_process_group_gives_a_log_to_some_ranks(job: Ran) -> None:
@@ -50,8 +62,17 @@ def test_a_forked_child_is_refused_and_its_parent_goes_on(job: Ran) -> None:
     assert results(job, "fork") == [[7, True]] * 3
 
 
-def test_signal_handlers_run_while_a_rank_waits_in_a_round(job: Ran) -> None:
-    assert results(job, "signal") == [[True, True]] * 3
+def test_handlers_of_sigterm_and_sigint_run_while_a_rank_waits_in_a_round(job: Ran) -> None:
+    assert results(job, "signals") == [True, True, True]
+
+
+def test_a_rank_that_is_interrupted_in_a_round_tells_the_others(job: Ran) -> None:
+    root, interrupted, other = results(job, "interrupted")
+
+    assert interrupted == ["KeyboardInterrupt", [], ""]
+    for kind, ranks, text in (root, other):
+        assert (kind, ranks) == ("PeerFailed", [1]), text
+        assert "KeyboardInterrupt" in text
 
 
 def test_a_process_group_destroyed_before_close_still_gives_a_whole_last_entry(job: Ran) -> None:
@@ -59,3 +80,13 @@ def test_a_process_group_destroyed_before_close_still_gives_a_whole_last_entry(j
 
     assert root == [[0, {"x": 3.0}, False], [10, {"x": 30.0}, False], [14, {"x": 12.0}, False]]
     assert others == [[], []]
+
+
+def test_importing_the_contract_loads_neither_torch_nor_pytest() -> None:
+    script = (
+        "import sys, logsync.workers.testing; print(sorted({'torch', 'numpy', 'pytest', 'ray'} & set(sys.modules)))"
+    )
+
+    ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
+
+    assert ran.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import pickle
@@ -17,13 +18,14 @@ from logsync.workers.transports.collective import CollectiveTransport
 
 
 def main() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no member outlives the tests
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a scenario prints must not look like an answer
     dist.init_process_group("gloo")
 
-    def make_transport() -> CollectiveTransport:
-        return CollectiveTransport(timeout_s=60)
+    def make_transport(timeout_s: float) -> CollectiveTransport:
+        return CollectiveTransport(timeout_s=timeout_s)
 
     for line in sys.stdin:
         member = Member(dist.get_rank(), dist.get_world_size(), make_transport)

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 from logsync.workers.testing import Member, play
+from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.threads import ThreadTransport, ThreadWorld
 
@@ -30,7 +31,7 @@ class LocalWorld:
     world_size = 1
 
     def run(self, name: str) -> list[Any]:
-        return [play(name, Member(0, 1, LocalTransport))]
+        return [play(name, Member(0, 1, lambda _: LocalTransport()))]
 
 
 class ThreadsWorld:
@@ -40,10 +41,6 @@ class ThreadsWorld:
         self.world_size = world_size
 
     def run(self, name: str) -> list[Any]:
-        return self.run_all(lambda member: play(name, member))
-
-    def run_all(self, work: Callable[[Member], Any]) -> list[Any]:
-        """Have every rank do `work`; raise what a rank raised."""
         worlds: list[ThreadWorld] = []
         lock = threading.Lock()
         results: list[Any] = [None] * self.world_size
@@ -52,28 +49,36 @@ class ThreadsWorld:
         def rank_main(rank: int) -> None:
             made = 0
 
-            def make_transport() -> ThreadTransport:
+            def make_transport(timeout_s: float) -> Transport:
                 nonlocal made
                 with lock:
                     if made == len(worlds):
-                        worlds.append(ThreadWorld(self.world_size, timeout_s=30))
+                        worlds.append(ThreadWorld(self.world_size, timeout_s=timeout_s))
                     made += 1
-                    return worlds[made - 1].transports[rank]
+                    return self._shown(worlds[made - 1].transports[rank])
 
             try:
-                results[rank] = work(Member(rank, self.world_size, make_transport))
+                results[rank] = play(name, Member(rank, self.world_size, make_transport))
             except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
                 errors.append(error)
+                for world in worlds:  # the others would wait for this rank
+                    world.transports[rank].close(str(error))
 
         threads = [threading.Thread(target=rank_main, args=(r,), daemon=True) for r in range(self.world_size)]
+        deadline = time.monotonic() + DEADLINE_S
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(DEADLINE_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
         if errors:
             raise errors[0]
-        assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+        hanging = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+        assert not hanging, f"ranks {hanging} hang in {name}"
         return results
+
+    def _shown(self, transport: ThreadTransport) -> Transport:
+        """Return what a rank sees of its transport."""
+        return transport
 
 
 class GlooWorld:
@@ -96,8 +101,12 @@ class GlooWorld:
             assert member.stdin is not None
             member.stdin.write(f"{name}\n".encode())
             member.stdin.flush()
+        deadline = time.monotonic() + DEADLINE_S
         try:
-            answers = [pickle.loads(answers.get(timeout=DEADLINE_S)) for answers in self._answers]  # noqa: S301 - ours
+            answers = [
+                pickle.loads(answers.get(timeout=max(0.0, deadline - time.monotonic())))  # noqa: S301 - ours
+                for answers in self._answers
+            ]
         except queue.Empty:
             self._dump_and_close()
             msg = f"{name}: a rank did not answer in {DEADLINE_S:.0f} s; see the stacks on stderr"
@@ -131,6 +140,9 @@ class GlooWorld:
                 "MASTER_PORT": str(port),
                 "GLOO_SOCKET_IFNAME": "lo",
                 "OMP_NUM_THREADS": "1",
+                # torch's store asks for the host name of every client, in its one thread: a name server that does
+                # not answer stops all ranks, for 10 seconds if it may.
+                "RES_OPTIONS": "timeout:1 attempts:1",
             }
             member = subprocess.Popen(
                 [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=surroundings

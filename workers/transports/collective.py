@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import queue
 import socket
@@ -19,6 +20,7 @@ from logsync.coordinator.errors import (
     CollectiveSetupError,
     FrameTooLarge,
     LogsyncError,
+    TransportError,
     printable,
 )
 from logsync.coordinator.messages import MAX_FRAME
@@ -67,6 +69,7 @@ class CollectiveTransport:
         self._jobs: queue.SimpleQueue[tuple[bytes, bool] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[bytes | LogsyncError | _Broken | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._lost: TransportError | None = None  # the thread has ended: nobody would answer
         self._watch = Watch(
             _default_store(), self.rank, self.world_size, timeout_s=timeout_s, warn_after_s=warn_after_s
         )
@@ -77,10 +80,19 @@ class CollectiveTransport:
             self._watch.position = position
         self._thread = threading.Thread(target=self._serve, args=(root,), name="logsync", daemon=True)
         self._thread.start()
-        self._outcome(patient=False)
+        try:
+            self._outcome(patient=False)
+        except CollectiveSetupError:
+            self._thread = None  # it has ended
+            raise
 
     def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
         """Have the thread make a round, and wait for it."""
+        if self._lost is not None:
+            raise copy.copy(self._lost)
+        if self._thread is None:
+            msg = "exchange() before start(), or after close()"
+            raise RuntimeError(msg)
         self._jobs.put((frame, patient))
         reply = self._outcome(patient=patient)
         if reply is None:
@@ -113,7 +125,8 @@ class CollectiveTransport:
                 continue
             if isinstance(outcome, _Broken):
                 # A patient wait has no timeout of its own: what ended it was a broken connection.
-                raise self._watch.explain(outcome.detail, 0.0 if patient else outcome.waited_s)
+                self._lost = self._watch.explain(outcome.detail, 0.0 if patient else outcome.waited_s)
+                raise self._lost
             if isinstance(outcome, LogsyncError):
                 raise outcome
             return outcome
