@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from logsync.coordinator.errors import Step
-
 __all__ = ["Note", "Notes", "Verdict", "pid_space", "within"]
 
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Text = Annotated[str, Meta(max_length=2000)]
+_Int = Annotated[int, Meta(ge=-(2**63) + 1, le=2**63 - 1)]
+_Step = _Int | Annotated[float, Meta(ge=-1.7976931348623157e308)] | None
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
@@ -39,23 +39,23 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
     """
 
     doing: Literal["idle", "waiting", "failed", "left"]
-    round: int
-    beat: int
-    call: int
-    step: Step
+    round: _Int
+    beat: _Int
+    call: _Int
+    step: _Step
     host: _Text
-    pid: int
+    pid: _Int
     pid_space: _Text
-    dead: Annotated[tuple[int, ...], Meta(max_length=4096)] = ()
+    dead: Annotated[tuple[_Int, ...], Meta(max_length=4096)] = ()
     text: _Text = ""
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True):
     """What the root found out about a failed round: the kind of error for all ranks, and its text."""
 
-    round: int
+    round: _Int
     kind: Literal["timeout", "lost", "failed"]
-    ranks: Annotated[tuple[int, ...], Meta(max_length=4096)]
+    ranks: Annotated[tuple[_Int, ...], Meta(max_length=4096)]
     text: _Text
 
 

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from logsync.coordinator.errors import CoordinatorLost, PeerFailed, PeerLost, RoundTimeout, TransportError, printable
+from logsync.coordinator.errors import (
+    CoordinatorLost,
+    PeerFailed,
+    PeerLost,
+    RoundTimeout,
+    Step,
+    TransportError,
+    printable,
+)
 from logsync.workers.transports.notes import Note, Verdict, ranks_text
 
-__all__ = ["GAVE_UP", "error_of_verdict", "has_timed_out", "heard_of", "judge", "last_known", "leavers"]
+__all__ = ["GAVE_UP", "LastRound", "error_of_verdict", "has_timed_out", "heard_of", "judge", "last_known", "leavers"]
 
 GAVE_UP = "waited for its whole timeout"
 """The text of a note of a rank whose round failed by its timeout."""
+
+
+class LastRound(NamedTuple):
+    """The last round that completed, which every rank took part in, and where `rank`, who tells it, was then."""
+
+    rank: int
+    number: int
+    call: int
+    step: Step
+
+
+_LOOK = "Look at the end of its output, and for the kernel's out-of-memory killer"
 
 _CLASSES: dict[str, type[TransportError]] = {"timeout": RoundTimeout, "lost": PeerLost, "failed": PeerFailed}
 
@@ -43,6 +64,8 @@ def judge(
     waited_s: float,
     timeout_s: float,
     detail: str,
+    before: dict[int, Note] | None = None,
+    last: LastRound | None = None,
 ) -> Verdict:
     """Return what can be said about the failed round.
 
@@ -51,27 +74,35 @@ def judge(
         rank: who judges; it came to the round.
         waited_s: how long it had waited when the round failed.
         detail: the first line of gloo's own error.
+        before: the notes when the round failed, which tell who came late; `notes` may have been read since.
+        last: the last round that completed.
     """
     gone = leavers(notes)
     if gone:
         return Verdict(round_number, "failed", tuple(sorted(gone)), _left_text(gone))
-    dead = {r for note in notes.values() for r in note.dead} - {rank}
+    world = set(range(world_size))
+    dead = {r for note in notes.values() for r in note.dead} & world - {rank}
     # No notes at all: the job's store does not answer either, which the root's side keeps.
-    expected = set(range(world_size)) if notes or rank == 0 else {0}
+    expected = world if notes or rank == 0 else {0}
     missing = expected - heard_of(notes, round_number) - {rank}
     timed_out = has_timed_out(waited_s, timeout_s)
-    gave_up = {r for r, note in notes.items() if note.doing == "failed" and note.text == GAVE_UP}
-    culprits = dead or missing
+    before = notes if before is None else before
+    gave_up = _gave_up(before)
+    # One that came after the end of the wait is to blame, although it has come.
+    overdue = world - heard_of(before, round_number) - _gave_up(notes) - {rank} if timed_out else set()
+    culprits = dead or missing or overdue
     if not culprits and gave_up and not timed_out:
         culprits = {rank}
         who = f"it came when {ranks_text(gave_up)} had given the round up"
     elif not culprits:
         who = "no rank is known to be missing; the network may have broken"
     elif dead:
-        who = f"{ranks_text(dead)} ended: {_ended_text(dead, notes)}"
-    else:
+        who = f"{ranks_text(dead)} ended: {last_known(dead, notes, last)}. {_LOOK}"
+    elif missing:
         verb = "did not come" if timed_out else "not heard of in this round"
-        who = f"{ranks_text(missing)} {verb}: {last_known(missing, notes)}"
+        who = f"{ranks_text(missing)} {verb}: {last_known(missing, notes, last)}"
+    else:
+        who = f"{ranks_text(overdue)} came too late: {last_known(overdue, notes, last)}"
     how = f"waited {waited_s:.1f} s of {timeout_s:g} s" if timed_out else f"lost its connection after {waited_s:.1f} s"
     text = f"round {round_number} failed: rank {rank} {how}; {who}. gloo says: {detail}"
     # Without the root's word, a root that did not come counts as lost.
@@ -80,26 +111,30 @@ def judge(
     return Verdict(round_number, kind, tuple(sorted(culprits))[:4096], text[:2000])  # type: ignore[arg-type]
 
 
+def _gave_up(notes: dict[int, Note]) -> set[int]:
+    return {rank for rank, note in notes.items() if note.doing == "failed" and note.text == GAVE_UP}
+
+
 def error_of_verdict(verdict: Verdict) -> TransportError:
     """Return the error that a verdict stands for; the coordinator's own end has a class of its own."""
     error = CoordinatorLost if 0 in verdict.ranks and verdict.kind == "lost" else _CLASSES[verdict.kind]
     return error(printable(verdict.text, 2000), ranks=verdict.ranks, round=verdict.round)
 
 
-def last_known(ranks: Iterable[int], notes: dict[int, Note]) -> str:
+def last_known(ranks: Iterable[int], notes: dict[int, Note], last: LastRound | None = None) -> str:
     """Say of each rank where it was last, for at most 8 ranks."""
-    return "; ".join(_place(rank, notes.get(rank)) for rank in sorted(ranks)[:8])
+    return "; ".join(_place(rank, notes.get(rank), last) for rank in sorted(ranks)[:8])
 
 
-def _place(rank: int, note: Note | None) -> str:
+def _place(rank: int, note: Note | None, last: LastRound | None) -> str:
+    who = f"rank {rank}" if note is None else f"rank {rank} on {printable(note.host, 80)} (pid {note.pid})"
+    if last is not None and last.number and (note is None or note.round <= last.number):
+        # Its note, if there is one, is older than that round.
+        where = f"call {last.call}, step {last.step} on rank {last.rank}"
+        return f"{who} took part in round {last.number}, the last one ({where})"
     if note is None:
         return f"no word of rank {rank} is to be found in the job's store"
-    where = f"rank {rank} on {printable(note.host, 80)} (pid {note.pid})"
-    return f"{where} was last heard of at call {note.call}, step {note.step}"
-
-
-def _ended_text(ranks: Iterable[int], notes: dict[int, Note]) -> str:
-    return last_known(ranks, notes) + ". Look at the end of its output, and for the kernel's out-of-memory killer"
+    return f"{who} was last heard of at call {note.call}, step {note.step}"
 
 
 def _left_text(gone: dict[int, Note]) -> str:

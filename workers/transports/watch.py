@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
-from logsync.coordinator.errors import PeerFailed, ProtocolError, RoundTimeout, TransportError
+from logsync.coordinator.errors import CoordinatorLost, PeerFailed, ProtocolError, RoundTimeout, TransportError
 from logsync.coordinator.messages import decode_decision
 from logsync.workers.transports.base import Position
 from logsync.workers.transports.notes import Note, Notes, dead_neighbours, pid_space, ranks_text, within
 from logsync.workers.transports.postmortem import (
     GAVE_UP,
+    LastRound,
     error_of_verdict,
     has_timed_out,
     heard_of,
@@ -31,8 +32,8 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STORE_S = 2.0  # what the store gets to answer
-_ROOT_ASKS_S = 1.5  # how long the root waits for the others' notes before it judges
-_OTHERS_ASK_S = 3.0  # how long the others wait for its verdict
+_ROOT_ASKS_S = 2.5  # how long the root waits for the others' notes before it judges
+_OTHERS_ASK_S = 4.0  # how long the others wait for its verdict
 
 
 class Watch:
@@ -53,13 +54,16 @@ class Watch:
         self._timeout_s = timeout_s
         self._warn_after_s = warn_after_s
         self._notes: Notes | None = None
+        self._ended = False
         self._round = 0
+        self._last: LastRound | None = None
         self._beat = 0
         self._warned_s = 0.0
         self._beats: dict[int, tuple[int, float]] = {}  # each rank's last beat, and when it was first seen
 
     def round_done(self, reply: bytes) -> None:
         """Note that a round is complete; the first one tells the run, and with it where the notes are."""
+        self._last = LastRound(self._rank, self._round, *self.position())
         self._round += 1
         if self._round == 1:
             self._begin(reply)
@@ -72,7 +76,7 @@ class Watch:
         """Tell that this rank waits; warn if it has been long. Returns seconds until the next call.
 
         Raises:
-            RoundTimeout: a patient rank's peers do not show that they live.
+            RoundTimeout, CoordinatorLost: a patient rank's peers do not show that they live.
             PeerFailed: a patient rank's peer has left.
         """
         if waited_s < 2 * self.first_pause_s:
@@ -91,10 +95,12 @@ class Watch:
 
     def leave(self, reason: str) -> None:
         """Leave the reason why this rank goes, for at most 2 s."""
-        self._leave("left", text=reason[:2000])
+        # A file's name in an exception's text need not be UTF-8.
+        self._leave("left", text=reason[:2000].encode(errors="replace").decode())
 
     def end(self) -> None:
         """Let go of the store's clients, each of which holds a connection."""
+        self._ended = True
         self._notes = None
         self.position = _nowhere
 
@@ -108,7 +114,7 @@ class Watch:
             found = self._verdict_of_root()
             if found is not None:
                 return found
-        seen = self._ask_all(0.0 if self._rank else _ROOT_ASKS_S) or seen
+        before, seen = seen, self._ask_all(0.0 if self._rank else _ROOT_ASKS_S) or seen
         verdict = judge(
             seen,
             rank=self._rank,
@@ -117,6 +123,8 @@ class Watch:
             waited_s=waited_s,
             timeout_s=self._timeout_s,
             detail=_gist(detail),
+            before=before,
+            last=self._last,
         )
         if self._rank == 0:
             self._ask(lambda notes: notes.judge(verdict))
@@ -129,9 +137,14 @@ class Watch:
         except ProtocolError:
             return
         if store is not None and run:
-            made = within(_STORE_S, lambda: Notes(store, run, self._rank, self._world_size))
-            self._notes = made[0] if made else None
+            within(_STORE_S, lambda: self._connect(store, run))
             self._leave("idle")
+
+    def _connect(self, store: Any, run: str) -> None:
+        """Make the store's clients, which may come after the patience for them has ended."""
+        notes = Notes(store, run, self._rank, self._world_size)
+        if not self._ended:
+            self._notes = notes
 
     def _ask(self, question: Callable[[Notes], T]) -> T | None:
         """Have the store answer within 2 s; one that does not is not asked again."""
@@ -176,7 +189,7 @@ class Watch:
                 self._round,
                 waited_s,
                 ranks_text(missing),
-                last_known(missing, notes),
+                last_known(missing, notes, self._last),
             )
 
     def _check_beats(self, notes: dict[int, Note]) -> None:
@@ -192,6 +205,7 @@ class Watch:
                 waited_s=0.0,
                 timeout_s=self._timeout_s,
                 detail="nothing",
+                last=self._last,
             )
             raise PeerFailed(verdict.text, ranks=verdict.ranks, round=self._round)
         for rank in set(range(self._world_size)) - {self._rank}:
@@ -202,15 +216,16 @@ class Watch:
         if silent:
             msg = (
                 f"rank {self._rank} has closed and waits for the others, but {ranks_text(silent)} showed no life for "
-                f"{self._timeout_s:g} s: {last_known(silent, notes)}"
+                f"{self._timeout_s:g} s: {last_known(silent, notes, self._last)}"
             )
-            raise RoundTimeout(msg, ranks=tuple(silent), round=self._round)
+            kind = CoordinatorLost if 0 in silent else RoundTimeout
+            raise kind(msg, ranks=tuple(silent), round=self._round)
 
     def _verdict_of_root(self) -> TransportError | None:
         deadline = time.monotonic() + _OTHERS_ASK_S
         while self._notes is not None and time.monotonic() < deadline:
             verdict = self._ask(Notes.verdict)
-            if verdict is not None and verdict.round >= self._round:
+            if verdict is not None:  # there is one failure only, though this rank may be a round ahead of the root
                 return error_of_verdict(verdict)
             time.sleep(0.05)
         return None

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+
+from support.fault_world import JobMaker, drawn
+
+SLOW = pytest.mark.slow
+
+pytestmark = pytest.mark.timeout(100)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(
+            [(2, False, "RoundTimeout"), (0, False, "CoordinatorLost"), (0, True, "CoordinatorLost")], id="some"
+        ),
+        pytest.param([(1, False, "RoundTimeout"), (1, True, "RoundTimeout")], id="more", marks=SLOW),
+    ],
+)
+def test_a_stopped_rank_is_named_by_all_others_and_fails_as_well_once_it_goes_on(
+    job: JobMaker, cases: list[tuple[int, bool, str]]
+) -> None:
+    dice = drawn("stopped")
+    jobs = [job(store_on_rank_0=on_rank_0) for _, on_rank_0, _ in cases]
+    for this, (victim, _, _) in zip(jobs, cases, strict=True):
+        this.deed(victim, "stop", dice.randint(3, 30))
+        this.start()
+
+    for this, (victim, _, error) in zip(jobs, cases, strict=True):
+        this.assert_others_say(error, victim)
+        goes_on_at = this.signal(victim, signal.SIGCONT)
+        failure = this.failures([victim], goes_on_at)[victim]
+        assert failure["type"] in {"RoundTimeout", "PeerLost", "CoordinatorLost"}
+        assert set(failure["ranks"]) <= {victim}, f"it blames another rank: {failure}"
+        assert this.release() == {0: 0, 1: 0, 2: 0}
+        this.assert_logged_every_step()
+
+
+@pytest.mark.parametrize("late_s", [0.7, pytest.param(1.4, marks=SLOW), pytest.param(2.5, marks=SLOW)])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_comes_after_the_timeout_is_named_by_all_itself_included(
+    job: JobMaker, victim: int, late_s: float
+) -> None:
+    this = job()
+    this.deed(victim, "sleep", drawn("late").randint(3, 30), seconds=this.timeout + late_s)
+    this.start()
+
+    this.assert_others_say("RoundTimeout", victim, ranks=range(3))
+    assert this.release() == {0: 0, 1: 0, 2: 0}
+    this.assert_logged_every_step()
+
+
+def test_a_rank_slower_than_warn_after_is_named_by_the_lowest_waiting_rank_and_the_round_completes(
+    job: JobMaker,
+) -> None:
+    jobs = {0: job(steps=10, timeout=7), 2: job(steps=10, timeout=7)}
+    for slow, this in jobs.items():
+        this.deed(slow, "wait", 5)
+        this.start()
+
+    for slow, this in jobs.items():
+        lowest, quiet = [rank for rank in range(3) if rank != slow]
+        warning = this.wait_for_warning(lowest, f"for rank {slow}:")
+        again = this.wait_for_warning(lowest, f"waited 2 s for rank {slow}:")
+        this.allow(slow)
+        for rank in range(3):
+            assert this.wait(rank, "done", "failed")["event"] == "done"
+
+        pid = this.wait(slow, "here")["pid"]
+        place = rf"rank {slow} on \S+ \(pid {pid}\) was last heard of at call 5, step 4"
+        for text in (warning, again):
+            assert re.fullmatch(rf"round 6 has waited [12] s for rank {slow}: {place}", text), text
+        assert this.events(quiet, "warning") == []
+        assert this.release() == {0: 0, 1: 0, 2: 0}
+        assert [entry["step"] for entry in this.entries()] == list(range(10))
