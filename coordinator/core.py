@@ -106,6 +106,7 @@ class Coordinator:
         self.first_seq = 0
         self._settings = settings
         self._world_size = world_size
+        self._members = range(world_size)  # whose frames make a round
         self._run = run
         self._keep_run_dir = keep_run_dir
         self._round = 0
@@ -139,7 +140,7 @@ class Coordinator:
                 check_hellos(read_hellos(frames), self._world_size)
                 decision = self._decision(number)
             else:
-                reports = read_reports(frames, self._run, number, self._world_size)
+                reports = read_reports(frames, self._run, number, self._world_size, self._members)
                 finished = all(r.kind == "closed" for r in reports)
                 decision = self._decide(number, reports, now)
             reply = _encoded(decision)
@@ -174,7 +175,10 @@ class Coordinator:
         self._count_waiting(counting, notices, ready=ready)
         writes = kind == "write" or (ready and self._settings.write == "auto")
         entry = None
-        if writes or kind == "closed":
+        alone = ready and self._detached and not writes  # nobody is told to compute and write
+        if alone:
+            manager.log_written(counting.step)
+        if writes or alone or kind == "closed":
             partials = Partials()
             partials.add_windows((r.rank, r.window) for r in reports)
             if writes or partials:
@@ -185,7 +189,7 @@ class Coordinator:
         if kind == "closed":
             return self._decision(number, entry=entry, finished=True, notices=notices)
         lease = 0
-        if writes or not ready:
+        if writes or alone or not ready:
             least = min((r.rhythm.current for r in active if r.rhythm.current is not None), default=None)
             lease = self._cadence.lease(counting.rhythm.current, due_step(manager, least), self._settings.max_lease)
         return self._decision(number, ready=ready, lease=lease, entry=entry, notices=notices)
@@ -215,6 +219,36 @@ class Coordinator:
         )
         return Decision(PROTOCOL, self._run, number, ready, lease, state, entry, failure, finished, tuple(notices[:64]))
 
+    @property
+    def next_round(self) -> int:
+        """The number of the next round."""
+        return self._round
+
+    @property
+    def _detached(self) -> bool:
+        return len(self._members) < self._world_size
+
+    def detach(self, rank: int, number: int) -> None:
+        """Go on with `rank` alone after the group was lost: the next round is `number`, all entries are partial."""
+        self._members = range(rank, rank + 1)
+        self._round = number
+
+    @classmethod
+    def alone(
+        cls, settings: Settings, world_size: int, rank: int, *, run: str, number: int, state: State, entry_call: int
+    ) -> Coordinator:
+        """Return a coordinator of `rank` alone, which goes on from the state of the last reply.
+
+        Args:
+            number: of its first round.
+            entry_call: the call up to which everything is in an entry.
+        """
+        coordinator = cls(settings, world_size, run=run, run_dir=state.run_dir, attempt=state.attempt)
+        coordinator._take_over(state)
+        coordinator._entry_call = entry_call
+        coordinator.detach(rank, number)
+        return coordinator
+
     def leftover(self, rank: int, window: Window, step: Step, call: int, now: float) -> LogEntry | None:
         """Make a last, partial entry of one rank's window, when the others cannot be asked any more.
 
@@ -240,7 +274,7 @@ class Coordinator:
             metrics=merged.metrics,
             ranks=merged.ranks,
             nan_ranks=merged.nan_ranks,
-            partial=self._missed,
+            partial=self._missed or self._detached,
         )
         self.frequency_manager.log_written(step)
         self.next_seq += 1
@@ -369,12 +403,8 @@ class Coordinator:
         if state.frequency_type != manager.frequency_type:
             msg = f"the state counts in {state.frequency_type}, this log in {manager.frequency_type}"
             raise StateMismatch(msg)
-        if state.configured == self._settings.log_frequency:
-            manager.log_frequency = state.log_frequency  # else the user asks for a new one, which wins
-        manager.last_log_step = state.last_log_step
-        manager.last_model_update_step = state.last_model_update_step
-        manager.updated_since_log = state.updated_since_log
-        self.next_seq = self.first_seq = state.next_seq
+        self._take_over(state)
+        self.first_seq = state.next_seq
         if not self._keep_run_dir:
             self.run_dir = state.run_dir
         self.attempt = max(self.attempt, state.attempt + 1)
@@ -383,6 +413,15 @@ class Coordinator:
         self._entry_call = counting.call - (counting.kind == "decision")
         self._cadence.clear()
         self._steps.clear()
+
+    def _take_over(self, state: State) -> None:
+        manager = self.frequency_manager
+        if state.configured == self._settings.log_frequency:
+            manager.log_frequency = state.log_frequency  # else the user asks for a new one, which wins
+        manager.last_log_step = state.last_log_step
+        manager.last_model_update_step = state.last_model_update_step
+        manager.updated_since_log = state.updated_since_log
+        self.next_seq = state.next_seq
 
     def _moment(self) -> _Moment:
         """Return everything that a failed round must leave as it was."""

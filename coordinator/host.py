@@ -56,7 +56,8 @@ class Host:
         # A rank that leaves in mid-round does so while the transport's thread may still be deciding it.
         self._lock = threading.Lock()
         self._restores = 0
-        self._closed = False
+        self._last_reply = b""
+        self._closed = self._detached = False
         sinks.prepare(self._run_info())
 
     @property
@@ -65,14 +66,43 @@ class Host:
         return bool(self._held)
 
     def handle(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
-        """Decide one round and return the reply; what it logged is held for `annotate` and `release`. Never raises."""
+        """Decide one round and return the reply; what it logged is held for `annotate` and `release`.
+
+        Raises:
+            RuntimeError: this rank has left the group already, while a round of it was still open. Then it decides
+                nothing more for the others, who would take it for logged.
+        """
         with self._lock:
-            reply, entries = self.coordinator.handle(frames, self._clock())
-            if self.coordinator.restores != self._restores:
-                self._restores = self.coordinator.restores
-                self._sinks.prepare(self._run_info())
-            self._held.extend(entries)
-            return reply
+            if self._closed or self._detached:
+                msg = "rank 0 has left the group"
+                raise RuntimeError(msg)
+            self._last_reply = self._decide(frames)
+            return self._last_reply
+
+    def detach(self, rank: int, number: int) -> bytes | None:
+        """Go on with `rank`, the coordinator's own, alone.
+
+        Returns:
+            The reply of round `number` if it was decided before the group was lost.
+        """
+        with self._lock:
+            self._detached = True
+            decided = self.coordinator.next_round > number
+            self.coordinator.detach(rank, max(number, self.coordinator.next_round))
+            return self._last_reply if decided else None
+
+    def decide_alone(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
+        """Decide a round after `detach`. Never raises."""
+        with self._lock:
+            return self._decide(frames)
+
+    def _decide(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
+        reply, entries = self.coordinator.handle(frames, self._clock())
+        if self.coordinator.restores != self._restores:
+            self._restores = self.coordinator.restores
+            self._sinks.prepare(self._run_info())
+        self._held.extend(entries)
+        return reply
 
     def annotate(self, values: Mapping[str, float]) -> None:
         """Add root-side values to the entry just made; without one, say so and drop them.

@@ -260,6 +260,7 @@ class Settings(msgspec.Struct, frozen=True):
     write: Literal["auto", "explicit"]
     timeout: Annotated[float, Meta(gt=0)]
     max_lease: _Natural
+    on_failure: Literal["raise", "detach"] = "raise"
 
 
 class Hello(msgspec.Struct, frozen=True):

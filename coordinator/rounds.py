@@ -83,20 +83,25 @@ def check_hellos(hellos: Sequence[Hello], world_size: int) -> None:
 
 
 def read_reports(
-    frames: Sequence[bytes | bytearray | memoryview], run: str, number: int, world_size: int
+    frames: Sequence[bytes | bytearray | memoryview],
+    run: str,
+    number: int,
+    world_size: int,
+    members: Sequence[int] | None = None,
 ) -> list[Report]:
-    """Return every rank's report of round `number`, by rank.
+    """Return every rank's report of round `number`, by rank; `members` are those that take part, all if None.
 
     Raises:
         ProtocolError: a frame is missing, corrupt, or from another version, run, round, rank or world.
         RoundMismatch: some ranks wrote while others decided.
     """
-    if len(frames) != world_size:
-        msg = f"round {number} has {len(frames)} frames for {world_size} ranks"
+    members = range(world_size) if members is None else members
+    if len(frames) != len(members):
+        msg = f"round {number} has {len(frames)} frames for {len(members)} ranks"
         raise ProtocolError(msg, round=number)
-    reports = [decode_report(frame, rank) for rank, frame in enumerate(frames)]
+    reports = [decode_report(frame, rank) for rank, frame in zip(members, frames, strict=True)]
     expected = (PROTOCOL, run, number, world_size)
-    for rank, report in enumerate(reports):
+    for rank, report in zip(members, reports, strict=True):
         if (report.protocol, report.run, report.round, report.world_size) != expected or report.rank != rank:
             raise _out_of_place(report, rank, expected)
     _check_kinds(reports, number)

@@ -39,6 +39,7 @@ def connect(
     write: Literal["auto", "explicit"] = "auto",
     timeout: float = 1800.0,
     warn_after: float = 60.0,
+    on_failure: Literal["raise", "detach"] = "raise",
     max_lease: int = 1000,
     rank: int | None = None,
     world_size: int | None = None,
@@ -60,6 +61,9 @@ def connect(
         timeout: seconds that a round waits for the slowest rank.
         warn_after: seconds after which a wait is told to the log, with the ranks that are missing, and again every
             so many seconds.
+        on_failure: what a lost group does: "raise" a `TransportError` at the call that notices it and at every later
+            one, or "detach": say so once in the log, answer False from then on, and let the job train on. Rank 0
+            goes on logging its own values at the cadence, marked partial; what `write` returns is this rank's own.
         max_lease: the most calls in a row that are answered without communication.
         rank, world_size: checked against what the transport finds.
         process_group: the ranks that share the log; all of torch.distributed's if not given.
@@ -83,6 +87,7 @@ def connect(
         write=_checked_write(write),
         timeout=_checked_seconds("timeout", timeout),
         max_lease=_checked_lease(max_lease),
+        on_failure=_checked_on_failure(on_failure),
     )
     sink_set = SinkSet(sinks)
     folder = None if run_dir is None else _checked_folder(run_dir)
@@ -159,6 +164,15 @@ def _checked_write(write: object) -> Literal["auto", "explicit"]:
     if write == "explicit":
         return "explicit"
     msg = f"write must be 'auto' or 'explicit', given {write!r}"
+    raise ConfigError(msg)
+
+
+def _checked_on_failure(on_failure: object) -> Literal["raise", "detach"]:
+    if on_failure == "raise":
+        return "raise"
+    if on_failure == "detach":
+        return "detach"
+    msg = f"on_failure must be 'raise' or 'detach', given {on_failure!r}"
     raise ConfigError(msg)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import (
     AgreedError,
     ForkedProcess,
@@ -26,6 +27,7 @@ from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, Window, encode_hello
 from logsync.workers.ledger import Ledger
 from logsync.workers.transports.base import Transport
+from logsync.workers.transports.local import LocalTransport
 from logsync.workers.values import single_number
 from logsync.workers.window import OpenWindow, Taken, checked_name
 
@@ -71,11 +73,12 @@ class TrainingLog(Ledger):
         self.given_run_dir = given_run_dir
         """The folder that the user chose, None if rank 0 did."""
         self._settings = settings
-        self._transport = transport
+        self._transport: Transport = transport
         self._host = host
         self._window = OpenWindow()
         self.record: Callable[..., None] = self._window.record
         self._pid = os.getpid()
+        self._detached = False
         self._unusable: LogsyncError | None = None  # why no further round can be made
         self._complete = False  # the last round was made
         self._doubtful: tuple[int, Taken] | None = None  # see _exchange: what an interrupted round had taken
@@ -159,6 +162,11 @@ class TrainingLog(Ledger):
         return self._transport.name
 
     @property
+    def detached(self) -> bool:
+        """Whether the group was lost and this rank goes on alone; see `on_failure` of `connect`."""
+        return self._detached
+
+    @property
     def run_dir(self) -> str:
         """The folder of the log's files, on the coordinator's machine."""
         return self.state.run_dir
@@ -226,7 +234,8 @@ class TrainingLog(Ledger):
             self._left = lease - 1
             return False
         self._begin()
-        return self._make_round("decision", step, check_model_update=check_model_update).log_ready
+        ready = self._make_round("decision", step, check_model_update=check_model_update).log_ready
+        return ready and not self._detached
 
     def _begin(self) -> None:
         """Refuse what cannot make a round, and hand over the entry that `annotate` could still add to."""
@@ -249,14 +258,17 @@ class TrainingLog(Ledger):
         *,
         check_model_update: bool = False,
     ) -> Decision:
-        carries = kind != "decision" or self._settings.write == "auto"
+        carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
         frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
         seq = self._host.coordinator.next_seq if self._host is not None else 0
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
-        except LogsyncError:
-            self._window.give_back(taken)
+        except LogsyncError as error:
+            if self._host is not None and isinstance(error, TransportError):
+                self._doubtful = (seq, taken)  # the root may have decided before the reply was lost
+            else:
+                self._window.give_back(taken)
             raise
         except BaseException as error:
             self._doubtful = (seq, taken)  # whether the root took it is not known before the end
@@ -278,12 +290,45 @@ class TrainingLog(Ledger):
         try:
             reply = self._transport.exchange(frame, patient=patient)
         except TransportError as error:
-            self._unusable = error
-            raise
+            if self._settings.on_failure == "raise" or self not in _open_logs:
+                self._unusable = error
+                raise
+            reply = self._detach(error, frame)
         self._rounds += 1
         self._bytes_sent += len(frame)
         self._wait_s += time.perf_counter() - started
         return reply
+
+    def _detach(self, error: TransportError, frame: bytes) -> bytes:
+        """Go on alone, and return the reply to the frame of the round that was lost."""
+        self._detached = True
+        what = "rank 0 goes on logging its own values, marked partial" if self.is_coordinator else "it logs no more"
+        _logger.error(
+            "rank %d has lost the others and trains on (on_failure='detach'); log_ready() is False from now on, and "
+            "%s. The reason: %s",
+            self._rank,
+            what,
+            error,
+        )
+        self._transport.close()
+        self._transport = LocalTransport()
+        if self._host is not None:
+            reply = self._host.detach(self._rank, self._round)
+            self._transport.start(self._host.decide_alone)
+            if reply is not None:
+                return reply
+        else:
+            coordinator = Coordinator.alone(
+                self._settings,
+                self._world_size,
+                self._rank,
+                run=self._run,
+                number=self._round,
+                state=self.state,
+                entry_call=self._entry_call,
+            )
+            self._transport.start(lambda frames: coordinator.handle(frames, time.time())[0])
+        return self._transport.exchange(frame)
 
     # -- beginning and end -------------------------------------------------------------------------------------
 

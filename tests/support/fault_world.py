@@ -58,6 +58,7 @@ class FaultJob:
         timeout: as for `connect`.
         store_on_rank_0: the job's store is in rank 0's process, and ends with it; otherwise it is here.
         steps: how many a rank trains.
+        on_failure: as for `connect`.
         network: the address of this process that ranks can reach, and each rank's network namespace and interface.
     """
 
@@ -72,6 +73,7 @@ class FaultJob:
         store_on_rank_0: bool = False,
         steps: int = 100_000,
         run_dir: Path | None = None,
+        on_failure: str = "raise",
         network: tuple[str, list[tuple[str, str]]] | None = None,
     ) -> None:
         self.folder = folder
@@ -96,7 +98,7 @@ class FaultJob:
             "frequency": frequency,
             "run_dir": str(self.run_dir),
             "steps": steps,
-            "connect": {"timeout": timeout, "warn_after": 1.0, "sinks": ["jsonl"]},
+            "connect": {"timeout": timeout, "warn_after": 1.0, "sinks": ["jsonl"], "on_failure": on_failure},
         }
 
     def deed(self, rank: int, deed: str, moment: int, **more: Any) -> None:

@@ -94,6 +94,7 @@ def test_a_rank_that_introduces_itself_as_another_is_named() -> None:
         ("write", "explicit", "'auto' on rank 0, but rank 1: 'explicit'"),
         ("timeout", 61.0, "60.0 on rank 0, but rank 1: 61.0"),
         ("max_lease", 3, "1000 on rank 0, but rank 1: 3"),
+        ("on_failure", "detach", "'raise' on rank 0, but rank 1: 'detach'"),
     ],
 )
 def test_a_setting_that_differs_is_named_with_ranks_and_values(field: str, value: Any, shown: str) -> None:
@@ -106,7 +107,7 @@ def test_a_setting_that_differs_is_named_with_ranks_and_values(field: str, value
 
 
 def test_every_setting_is_compared() -> None:
-    compared = {"name", "log_frequency", "mode", "frequency_type", "write", "timeout", "max_lease"}
+    compared = {"name", "log_frequency", "mode", "frequency_type", "write", "timeout", "max_lease", "on_failure"}
 
     assert set(Settings.__struct_fields__) == compared  # a new one needs a row above
 

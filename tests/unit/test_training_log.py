@@ -819,3 +819,155 @@ def test_the_log_writes_to_its_own_logger_only(alone: Alone, caplog: pytest.LogC
             log.log_ready(step)
 
     assert {record.name.partition(".")[0] for record in caplog.records} == {"logsync"}
+
+
+# -- detached ---------------------------------------------------------------------------------------------------
+
+
+def lose_the_other_rank(
+    train: Callable[[TrainingLog], object], folder: Path, rank: int, **options: Any
+) -> tuple[object, list[LogEntry]]:
+    """Train on one of two ranks, the other of which leaves after its call of step 4, and return the outcome."""
+    world = ThreadWorld(2)
+    entries: list[LogEntry] = []
+
+    def connected(which: int) -> TrainingLog:
+        options.setdefault("log_frequency", 5)
+        return connect(
+            **options, transport=world.transports[which], run_dir=folder, sinks=[entries.append], on_failure="detach"
+        )
+
+    def other() -> None:
+        log = connected(1 - rank)
+        for step in range(5):
+            log.record(x=100.0)
+            log.log_ready(step)
+        log._leave("it had to go")
+
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    log = connected(rank)
+    outcome = train(log)
+    thread.join(10)
+    return outcome, entries
+
+
+def test_detached_rank_0_logs_its_own_values_at_the_cadence_and_answers_false(tmp_path: Path) -> None:
+    def train(log: TrainingLog) -> list[int]:
+        answers = []
+        with log:
+            for step in range(23):
+                log.record(x=float(step))
+                if log.log_ready(step):
+                    answers.append(step)
+            assert log.detached
+            assert log.log_frequency == 5
+        return answers
+
+    ready, entries = lose_the_other_rank(train, tmp_path, 0)
+
+    assert ready == [0]
+    assert [(entry.seq, entry.step, entry.partial) for entry in entries] == [
+        (0, 0, False),
+        (1, 5, True),
+        (2, 10, True),
+        (3, 15, True),
+        (4, 20, True),
+        (5, 22, True),
+    ]
+    assert [entry.metrics["x"] for entry in entries[1:]] == [3.0, 8.0, 13.0, 18.0, 21.5]
+    assert all(entry.ranks == {"x": 1} and entry.world_size == 2 for entry in entries[1:])
+
+
+def test_a_detached_rank_gets_its_own_values_from_write_and_its_settings_count(tmp_path: Path) -> None:
+    def train(log: TrainingLog) -> tuple[LogEntry, LogEntry]:
+        for step in range(7):
+            log.log_ready(step)
+        first = log.write(7, {"accuracy": 0.25})
+        log.log_frequency = 50
+        log.model_updated(7)
+        second = log.write(8, {"accuracy": 0.75})
+        assert (log.log_frequency, log.last_log_step) == (50, 8)
+        assert log.log_ready(9) is False
+        log.close()
+        return first, second
+
+    (first, second), entries = lose_the_other_rank(train, tmp_path, 1)  # type: ignore[misc]
+
+    assert (first.metrics, second.metrics) == ({"accuracy": 0.25}, {"accuracy": 0.75})
+    assert (first.partial, second.partial, second.seq) == (True, True, first.seq + 1)
+    assert [entry.step for entry in entries] == [0, 4], "only rank 0, which left, has sinks"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_detaching_while_closing_ends_the_log_without_an_error(tmp_path: Path, rank: int) -> None:
+    def train(log: TrainingLog) -> None:
+        for step in range(5):
+            log.record(x=1.0)
+            log.log_ready(step)
+        log.close()
+        with pytest.raises(LogClosed):
+            log.log_ready(5)
+
+    _, entries = lose_the_other_rank(train, tmp_path, rank)
+
+    assert [entry.step for entry in entries] == [0, 4]
+
+
+def test_with_explicit_writes_a_detached_rank_0_logs_what_was_recorded_and_nothing_empty(tmp_path: Path) -> None:
+    def train(log: TrainingLog) -> None:
+        for step in range(20):
+            if 5 <= step < 12:
+                log.record(x=float(step))
+            if log.log_ready(step):
+                assert step < 5
+        log.close()
+
+    _, entries = lose_the_other_rank(train, tmp_path, 0, write="explicit", log_frequency=4)
+
+    assert [(entry.step, entry.metrics, entry.partial) for entry in entries if "x" in entry.metrics] == [
+        (9, {"x": 7.0}, True),
+        (13, {"x": 10.5}, True),
+    ]
+    assert len(entries) == 2
+
+
+def test_a_window_that_the_root_had_merged_when_the_reply_was_lost_is_not_logged_again(tmp_path: Path) -> None:
+    entries: list[LogEntry] = []
+
+    class LosesReplies(LocalTransport):
+        rounds = 0
+
+        def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+            reply = super().exchange(frame, patient=patient)
+            self.rounds += 1
+            if self.rounds == 3:  # the hello, step 0, and the one of step 5
+                raise TransportError("the reply was lost")
+            return reply
+
+    for on_failure in ("raise", "detach"):
+        entries.clear()
+        log = connect(
+            5,
+            transport=LosesReplies(),
+            sinks=[entries.append],
+            run_dir=tmp_path / on_failure,
+            on_failure=on_failure,  # type: ignore[arg-type]
+        )
+        log.record(x=1.0)
+        log.log_ready(0)
+        log.record(x=2.0)
+        try:
+            log.log_ready(5)
+        except TransportError:
+            assert on_failure == "raise"
+        log.record(x=4.0)
+        try:
+            log.close()
+        except TransportError:
+            assert on_failure == "raise"
+        assert [(entry.seq, entry.step, entry.metrics["x"]) for entry in entries] == [
+            (0, 0, 1.0),
+            (1, 5, 2.0),
+            (2, 5, 4.0),
+        ]
