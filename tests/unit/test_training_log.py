@@ -892,7 +892,9 @@ def test_a_detached_rank_gets_its_own_values_from_write_and_its_settings_count(t
         log.close()
         return first, second
 
-    (first, second), entries = lose_the_other_rank(train, tmp_path, 1)  # type: ignore[misc]
+    written, entries = lose_the_other_rank(train, tmp_path, 1)
+    assert isinstance(written, tuple)
+    first, second = written
 
     assert (first.metrics, second.metrics) == ({"accuracy": 0.25}, {"accuracy": 0.75})
     assert (first.partial, second.partial, second.seq) == (True, True, first.seq + 1)
@@ -942,7 +944,8 @@ def test_a_window_that_the_root_had_merged_when_the_reply_was_lost_is_not_logged
             reply = super().exchange(frame, patient=patient)
             self.rounds += 1
             if self.rounds == 3:  # the hello, step 0, and the one of step 5
-                raise TransportError("the reply was lost")
+                msg = "the reply was lost"
+                raise TransportError(msg)
             return reply
 
     for on_failure in ("raise", "detach"):
@@ -952,7 +955,7 @@ def test_a_window_that_the_root_had_merged_when_the_reply_was_lost_is_not_logged
             transport=LosesReplies(),
             sinks=[entries.append],
             run_dir=tmp_path / on_failure,
-            on_failure=on_failure,  # type: ignore[arg-type]
+            on_failure=on_failure,
         )
         log.record(x=1.0)
         log.log_ready(0)
