@@ -61,10 +61,11 @@ def torchrun(
     folder: Path,
     timeout_s: float = 60.0,
     environ: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Ran:
-    """Run `script` with `arguments`, in `folder`, on `nproc` ranks of this machine."""
+    """Run `script` with `arguments`, in `folder`, on `nproc` ranks of this machine; `options` are torchrun's."""
     command = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", str(nproc), str(script)]
+    command += ["--nproc-per-node", str(nproc), *options, str(script)]
     return _run([*command, *map(str, arguments)], folder, timeout_s, environ or {})
 
 
