@@ -54,6 +54,7 @@ _STANDING = (
     "next_seq",
     "first_seq",
     "run_dir",
+    "run_id",
     "attempt",
     "restores",
     "_counting",
@@ -77,7 +78,7 @@ class Coordinator:
 
     Attributes:
         frequency_manager: the one authority on when a log is due.
-        run_dir, attempt, next_seq: as in `State`; a load changes them.
+        run_dir, run_id, attempt, next_seq: as in `State`; a load changes them.
         restores: how often a state was loaded.
         first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
 
@@ -100,6 +101,7 @@ class Coordinator:
             msg = f"run_dir has {len(run_dir.encode())} bytes, {MAX_PATH} are the most"
             raise ValueError(msg)
         self.run_dir = run_dir
+        self.run_id = run
         self.attempt = attempt
         self.next_seq = 0
         self.restores = 0
@@ -216,6 +218,7 @@ class Coordinator:
             self.next_seq,
             self.run_dir,
             self.attempt,
+            run_id=self.run_id,
         )
         return Decision(PROTOCOL, self._run, number, ready, lease, state, entry, failure, finished, tuple(notices[:64]))
 
@@ -320,7 +323,7 @@ class Coordinator:
                 timeline.append((event.call, -1 if reset else report.rank, index, event))
         # Where the counting rank's step lay after it went back, and where it is now: a log may be marked ahead of it.
         falls = [*counting.rhythm.falls]
-        if counting.kind == "decision" and counting.step is not None:
+        if counting.kind != "closed" and counting.step is not None:
             falls.append((counting.call, counting.step))
         timeline += [(call, self._world_size, index, step) for index, (call, step) in enumerate(falls)]
         fell_from: Step = None
@@ -403,14 +406,19 @@ class Coordinator:
         if state.frequency_type != manager.frequency_type:
             msg = f"the state counts in {state.frequency_type}, this log in {manager.frequency_type}"
             raise StateMismatch(msg)
+        self.load(state, counting.call - (counting.kind == "decision"))
+
+    def load(self, state: State, call: int) -> None:
+        """Go on from the state of a checkpoint, after `call` calls in this start of the job."""
         self._take_over(state)
         self.first_seq = state.next_seq
+        self.run_id = state.run_id or self.run_id
         if not self._keep_run_dir:
             self.run_dir = state.run_dir
         self.attempt = max(self.attempt, state.attempt + 1)
         self.restores += 1
         self._missed = state.missed > 0
-        self._entry_call = counting.call - (counting.kind == "decision")
+        self._entry_call = call
         self._cadence.clear()
         self._steps.clear()
 

@@ -14,7 +14,7 @@ import msgspec
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
-from logsync.coordinator.messages import MAX_PATH, LogEntry, Window
+from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window
 from logsync.coordinator.sinks.base import RunInfo, SinkSet
 
 __all__ = ["Host", "reserve_run_dir"]
@@ -56,6 +56,8 @@ class Host:
         # A rank that leaves in mid-round does so while the transport's thread may still be deciding it.
         self._lock = threading.Lock()
         self._restores = 0
+        self._loaded: tuple[State, int] | None = None  # what no round has taken over yet
+        self._last_entry: LogEntry | None = None  # of the state that was loaded last
         self._last_reply = b""
         self._closed = self._detached = False
         sinks.prepare(self._run_info())
@@ -98,11 +100,22 @@ class Host:
 
     def _decide(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         reply, entries = self.coordinator.handle(frames, self._clock())
-        if self.coordinator.restores != self._restores:
-            self._restores = self.coordinator.restores
-            self._sinks.prepare(self._run_info())
+        self._continue_run()
         self._held.extend(entries)
         return reply
+
+    def loaded(self, state: State, last_entry: LogEntry | None, call: int) -> None:
+        """Note that a state was loaded, after `call` calls, that all ranks will bring to the next round."""
+        with self._lock:
+            self._loaded = (state, call)
+            self._last_entry = last_entry
+
+    def _continue_run(self) -> None:
+        """Let the sinks continue the run whose state was taken over, if one was."""
+        if self.coordinator.restores != self._restores:
+            self._restores = self.coordinator.restores
+            self._loaded = None
+            self._sinks.prepare(self._run_info())
 
     def annotate(self, values: Mapping[str, float]) -> None:
         """Add root-side values to the entry just made; without one, say so and drop them.
@@ -138,6 +151,9 @@ class Host:
         """
         with self._lock:
             self.release()
+            if self._loaded is not None:
+                self.coordinator.load(*self._loaded)
+                self._continue_run()
             entry = self.coordinator.leftover(rank, take(self.coordinator.next_seq), step, call, self._clock())
             if entry is not None:
                 self._sinks.write(entry)
@@ -162,6 +178,8 @@ class Host:
             world_size=self._world_size,
             next_seq=coordinator.first_seq,
             resumed=coordinator.restores > 0,
+            run_id=coordinator.run_id,
+            last_entry=self._last_entry,
         )
 
 

@@ -185,6 +185,9 @@ class State(msgspec.Struct, frozen=True, array_like=True):
         next_seq: the `seq` of the next entry.
         missed: calls since the last entry whose windows are not in the state; the next entry is partial if there
             are any. Always 0 in a reply.
+        run_id: the same over all starts of the job, for destinations that find their run by a name.
+        entry: the last entry, in a checkpoint only. Rank 0 may be killed before it has stored it, when other ranks
+            have it already in theirs.
     """
 
     log_frequency: _MaybeStep
@@ -197,6 +200,8 @@ class State(msgspec.Struct, frozen=True, array_like=True):
     run_dir: _Path
     attempt: _Natural
     missed: _Natural = 0
+    run_id: _RunId = ""
+    entry: LogEntry | None = None
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):

@@ -336,7 +336,8 @@ class Ledger:
         `if log.log_ready(step):` or after `write`, it is exact; otherwise the first entry after a load covers only
         the calls since the checkpoint, and is marked partial.
         """
-        return {"state": encode(msgspec.structs.replace(self.state, missed=self.calls - self._entry_call))}
+        missed = self.calls - self._entry_call
+        return {"state": encode(msgspec.structs.replace(self.state, missed=missed, entry=self.last_entry))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
         """Go on where `state_dict` was taken, at any world size; call it on every rank, with the same state.
@@ -367,8 +368,9 @@ class Ledger:
         self._since = 0
         self._events.clear()
         self._fault = None
-        self._state = state
-        self._restore = data
+        self.last_entry = state.entry
+        self._state = msgspec.structs.replace(state, entry=None)
+        self._restore = encode(self._state)  # without the entry, which rank 0 has from the same checkpoint
 
 
 def _thinned(events: list[Event]) -> list[Event]:

@@ -180,6 +180,8 @@ class TrainingLog(Ledger):
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
         super().load_state_dict(state_dict)
+        if self._host is not None:
+            self._host.loaded(self.state, self.last_entry, self.calls)
         self._window.clear()
         self._parked = 0
 

@@ -35,6 +35,9 @@ class RunInfo:
         world_size: ranks in the job.
         next_seq: the first `seq` that will be written.
         resumed: whether the run continues from a loaded state.
+        run_id: names the run, the same over all its starts.
+        last_entry: when resumed, the entry before `next_seq`, as it was before `annotate`. A run that was killed at
+            its last log may not have stored it.
     """
 
     run_dir: Path
@@ -43,6 +46,8 @@ class RunInfo:
     world_size: int
     next_seq: int
     resumed: bool
+    run_id: str = ""
+    last_entry: LogEntry | None = None
 
 
 @runtime_checkable
@@ -54,7 +59,7 @@ class Sink(Protocol):
     """
 
     def open(self, run: RunInfo) -> None:
-        """Get ready for entries; called before the first one, and again after a `close` when a state is loaded.
+        """Get ready for entries; called before the first one, or at once where a state was loaded.
 
         If `run.resumed`, what is stored with a `seq` of `run.next_seq` or more is replaced, not doubled.
         """
@@ -112,7 +117,8 @@ class SinkSet:
     """Several sinks, none of which can disturb training or another.
 
     A sink that raises is reported once, with its traceback, as an ERROR of this module's logger; it is tried again
-    at the next entry, and `close` says how many entries it lost. Sinks open at the first entry.
+    at the next entry, and `close` says how many entries it lost. Sinks open at the first entry, or
+    when a run is resumed.
 
     Raises:
         ValueError: an unknown name, a wrong option, or the same destination twice.
@@ -144,6 +150,8 @@ class SinkSet:
         """Say what run the entries to come belong to; open sinks are closed, to open again with this run."""
         for guard in self._guards:
             guard.close()
+            if run.resumed:
+                guard.open(run)
         self._run = run
 
     def write(self, entry: LogEntry) -> None:
@@ -178,13 +186,22 @@ class _Guard:
     def write(self, entry: LogEntry, run: RunInfo) -> None:
         self._entries += 1
         try:
-            if not self._is_open:
-                self._sink.open(run)
-                self._is_open = True
+            self._make_open(run)
             self._sink.write(_own_copy(entry))
         except Exception as error:  # noqa: BLE001 - whatever a sink raises, training goes on
             self.lost += 1
             self._failed(error, f"entry seq {entry.seq} (step {entry.step}) is lost to it")
+
+    def open(self, run: RunInfo) -> None:
+        try:
+            self._make_open(run)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._failed(error, "it could not continue the run")
+
+    def _make_open(self, run: RunInfo) -> None:
+        if not self._is_open:
+            self._sink.open(run)
+            self._is_open = True
 
     def close(self) -> None:
         if not self._is_open:

@@ -37,7 +37,8 @@ class JsonlSink:
     Floats come back exactly as they were. Every line is in the kernel's hands when `write` returns, and on the disk
     after `close`. A write that fails half-way (a full disk) is taken back.
 
-    A resumed run continues the file: entries from its first `seq` on are cut off, and so is a torn last line. A run
+    A resumed run continues the file: entries from its first `seq` on are cut off, and so is a torn last line; the
+    checkpoint's last entry is added where the run was killed before it was written. A run
     that is not resumed never touches what it finds: the old file is renamed to `metrics.jsonl.1`, or the next free
     number.
     """
@@ -52,14 +53,24 @@ class JsonlSink:
         """Make the folder, continue the file or set it aside, and open it for appending."""
         path = run.run_dir / "metrics.jsonl" if self._path is None else self._path
         path.parent.mkdir(parents=True, exist_ok=True)
+        newest = -1
         if path.is_file() and path.stat().st_size:
             if run.resumed:
-                _cut_back(path, run.next_seq)
+                newest = _cut_back(path, run.next_seq)
             else:
                 _set_aside(path)
         # Unbuffered: one write() per line, and nothing left that a later flush or close could fail to write.
         self._file = path.open("ab", buffering=0)
         self._torn_at = None
+        if newest + 2 == run.next_seq and run.last_entry is not None and run.last_entry.seq == newest + 1:
+            self.write(run.last_entry)
+        elif 0 <= newest < run.next_seq - 1:
+            _logger.warning(
+                "%s ends at seq %d and is continued at seq %d: what lies between was never written",
+                path,
+                newest,
+                run.next_seq,
+            )
 
     def write(self, entry: LogEntry) -> None:
         """Append one line; if that fails, leave the file as it was."""
@@ -125,10 +136,14 @@ def _line(entry: LogEntry) -> bytes:
     return msgspec.json.encode(record) + b"\n"
 
 
-def _cut_back(path: Path, next_seq: int) -> None:
-    """Leave in the file the lines before the first with a `seq` of `next_seq` or more, and no torn one."""
+def _cut_back(path: Path, next_seq: int) -> int:
+    """Leave in the file the lines before the first with a `seq` of `next_seq` or more, and no torn one.
+
+    Returns:
+        The last `seq` that is left, -1 if there is none.
+    """
     with path.open("r+b") as file:
-        keep, torn, strangers = _lines_to_keep(file, next_seq)
+        keep, torn, strangers, newest = _lines_to_keep(file, next_seq)
         if keep < file.seek(0, os.SEEK_END):
             file.truncate(keep)
             _logger.info("cut %s back to %d bytes, to continue it at seq %d", path, keep, next_seq)
@@ -139,22 +154,27 @@ def _cut_back(path: Path, next_seq: int) -> None:
         _logger.warning("dropped the torn last line of %s: %s", path, printable(repr(torn), 100))
     if strangers:
         _logger.warning("%s has %d lines that are no entries of logsync; they are kept as they are", path, strangers)
+    return newest
 
 
-def _lines_to_keep(lines: Iterable[bytes], next_seq: int) -> tuple[int, bytes, int]:
-    """Return how many bytes to keep, the torn last line if there is one, and how many lines have no `seq`."""
+def _lines_to_keep(lines: Iterable[bytes], next_seq: int) -> tuple[int, bytes, int, int]:
+    """Return how many bytes to keep, the torn last line if there is one, how many have no `seq`, and the last `seq`."""
     keep = strangers = 0
+    newest = -1
     last = b""
     for line in lines:
         seq = _seq_of(line)
         if seq is not None and seq >= next_seq:
-            return keep, b"", strangers
+            return keep, b"", strangers, newest
         keep += len(line)
-        strangers += seq is None
+        if seq is None:
+            strangers += 1
+        else:
+            newest = seq
         last = line
     if last and not _parses(last):
-        return keep - len(last), last, strangers - 1
-    return keep, b"", strangers
+        return keep - len(last), last, strangers - 1, newest
+    return keep, b"", strangers, newest
 
 
 def _seq_of(line: bytes) -> int | None:

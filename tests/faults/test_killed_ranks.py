@@ -38,13 +38,14 @@ def test_rank_0_killed_at_any_moment_is_the_lost_coordinator_also_where_the_stor
     job: JobMaker, size: int
 ) -> None:
     dice = drawn("killed root")
-    jobs = [job(size=size, timeout=20, store_on_rank_0=on_rank_0) for on_rank_0 in (False, True)]
-    for this in jobs:
+    jobs = {on_rank_0: job(size=size, timeout=12, store_on_rank_0=on_rank_0) for on_rank_0 in (False, True)}
+    for this in jobs.values():
         this.deed(0, "kill_soon", dice.randint(3, 30), seconds=dice.uniform(0, 0.02))
         this.start()
 
-    for this in jobs:
-        this.assert_others_say("CoordinatorLost", 0, at_once=True)
+    for on_rank_0, this in jobs.items():
+        # Where gloo misses a closed connection, about once in fifty kills, the notes tell; without them the timeout.
+        this.assert_others_say("CoordinatorLost", 0, at_once=not on_rank_0)
         assert this.release() == {**dict.fromkeys(range(size), 0), 0: -9}
         this.assert_logged_every_step()
 

@@ -815,7 +815,7 @@ def test_a_state_that_all_ranks_loaded_is_taken_over_before_the_decision() -> No
     decision = root.round(51, 51, restore=encode(state))
 
     assert (decision.log_ready, decision.lease) == (False, 0)
-    assert decision.state == msgspec.structs.replace(state, attempt=4)
+    assert decision.state == msgspec.structs.replace(state, attempt=4, run_id="run")
     assert root.round(60, 60).log_ready
     assert one(root.round(70, 70)).attempt == 4
 

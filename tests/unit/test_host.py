@@ -131,7 +131,8 @@ def test_sinks_are_told_of_the_run(driven: Driven) -> None:
     driven.round(0)
     driven.host.release()
 
-    assert driven.sink.runs == [RunInfo(Path("unused"), "val", attempt=0, world_size=1, next_seq=0, resumed=False)]
+    run = RunInfo(Path("unused"), "val", attempt=0, world_size=1, next_seq=0, resumed=False, run_id="run")
+    assert driven.sink.runs == [run]
 
 
 def test_close_flushes_once(driven: Driven) -> None:

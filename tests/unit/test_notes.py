@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from logsync.coordinator.core import Coordinator
-from logsync.coordinator.errors import CoordinatorLost, PeerFailed, RoundTimeout
+from logsync.coordinator.errors import CoordinatorLost, PeerFailed, PeerLost, RoundTimeout, TransportError
 from logsync.coordinator.messages import Hello, Settings, encode_hello
 from logsync.workers.transports.notes import (
     Note,
@@ -420,11 +420,10 @@ def test_a_warning_about_a_hostile_note_is_one_short_printable_line(
         ({0: "idle", 1: "waiting", 2: "waiting"}, 1, "rank 0"),
         ({0: "idle", 1: "idle", 2: "waiting"}, 2, "ranks 0, 1"),
         ({0: "waiting", 1: "waiting", 2: "waiting"}, None, ""),
-        ({0: "waiting", 1: "left", 2: "waiting"}, None, ""),
     ],
 )
 def test_the_lowest_waiting_rank_alone_warns_of_the_missing_every_warn_after(
-    doing: dict[int, Literal["idle", "waiting", "left"]],
+    doing: dict[int, Literal["idle", "waiting"]],
     warner: int | None,
     missing: str,
     caplog: pytest.LogCaptureFixture,
@@ -448,6 +447,47 @@ def test_the_lowest_waiting_rank_alone_warns_of_the_missing_every_warn_after(
             assert "was last heard of at call 41, step 40" in told[0]
         else:
             assert told == []
+
+
+@pytest.mark.parametrize(
+    ("noted", "error", "says"),
+    [
+        ({"doing": "left", "text": "ValueError: nan"}, PeerFailed, "its code raised ValueError: nan"),
+        ({"doing": "failed", "number": 1}, PeerLost, "rank 2 waited 1.0 s"),
+        ({"doing": "failed", "number": 2}, PeerLost, "rank 2 waited 1.0 s"),
+        ({"doing": "failed", "number": 0}, None, ""),
+        ({"doing": "waiting", "number": 1}, None, ""),
+    ],
+)
+def test_a_rank_whose_own_connection_holds_does_not_wait_on_once_others_say_that_the_group_is_lost(
+    noted: dict[str, Any], error: type[TransportError] | None, says: str
+) -> None:
+    store = hash_store()
+    watch = watch_of(store, 2)
+    notes_of(store, 0).leave(note("waiting"))
+    notes_of(store, 1).leave(note(**noted))
+    if noted["doing"] == "failed":
+        notes_of(store, 0).judge(Verdict(1, "lost", (1,), "rank 2 waited 1.0 s and so on"))
+
+    if error is None:
+        watch.waiting(1.0, patient=False)
+    else:
+        with pytest.raises(error, match=says):
+            watch.waiting(1.0, patient=False)
+
+
+def test_a_rank_does_not_wait_on_for_a_process_of_its_host_that_has_ended(
+    neighbour: subprocess.Popen[bytes],
+) -> None:
+    neighbour.kill()
+    neighbour.wait()
+    store = hash_store()
+    watch = watch_of(store, 2)
+    notes_of(store, 0).leave(note("waiting"))
+    notes_of(store, 1).leave(at(neighbour.pid))
+
+    with pytest.raises(PeerLost, match=r"rank 2 waited 1\.0 s; rank 1 ended: "):
+        watch.waiting(1.0, patient=False)
 
 
 def test_a_patient_rank_fails_when_a_peer_has_left_or_shows_no_life_for_the_timeout(

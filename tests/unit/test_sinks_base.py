@@ -154,16 +154,16 @@ def test_a_run_without_entries_opens_and_closes_nothing() -> None:
     assert sink.done == []
 
 
-def test_a_resume_in_mid_run_closes_the_sinks_and_opens_them_again_with_the_new_run() -> None:
+def test_a_resume_in_mid_run_closes_the_sinks_and_opens_them_at_once_with_the_new_run() -> None:
     sink = Recorder()
     sinks = opened(sink)
 
     sinks.write(entry(0))
     sinks.prepare(RESUMED)
-    assert sink.done == [("open", RUN), ("write", 0), "close"]
+    assert sink.done == [("open", RUN), ("write", 0), "close", ("open", RESUMED)]
 
     sinks.write(entry(1))
-    assert sink.done[3:] == [("open", RESUMED), ("write", 1)]
+    assert sink.done[4:] == [("write", 1)]
 
 
 def test_a_second_close_does_nothing() -> None:

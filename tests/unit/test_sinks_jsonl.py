@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -277,6 +278,37 @@ def test_a_resume_without_a_file_starts_one(tmp_path: Path, file: Path) -> None:
 
     assert seqs(tmp_path / "moved" / "metrics.jsonl") == [5]
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "next_seq", "after"),
+    [
+        (range(3), 4, [0, 1, 2, 3]),  # killed before 3 was written
+        (range(4), 4, [0, 1, 2, 3]),
+        (range(6), 4, [0, 1, 2, 3]),
+        (range(0), 1, [0]),
+        (range(0), 4, None),  # the files were left behind: the one entry would stand for nothing
+        (range(2), 4, [0, 1]),
+    ],
+)
+def test_the_last_entry_of_the_checkpoint_is_written_where_a_kill_came_before_it(
+    stored: range, next_seq: int, after: list[int] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    if stored:
+        write(run(tmp_path), *map(entry, stored))
+    last = entry(next_seq - 1, metrics={"loss": 0.5})
+    info = dataclasses.replace(run(tmp_path, next_seq, resumed=True), last_entry=last)
+    sink = JsonlSink()
+    sink.open(info)
+    sink.close()
+    sink.open(info)  # a second time, as after a second kill
+    sink.close()
+
+    assert seqs(file) == (after or [])
+    if after and len(stored) < next_seq == len(after):
+        assert strict(file.read_bytes().splitlines()[-1])["loss"] == 0.5
+    assert ("what lies between was never written" in caplog.text) == (after == [0, 1])
 
 
 def test_a_resume_in_mid_run_continues_the_same_file(tmp_path: Path, file: Path) -> None:

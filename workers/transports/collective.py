@@ -121,7 +121,11 @@ class CollectiveTransport:
                 # SimpleQueue.get waits in a way that lets signal handlers run.
                 outcome = self._outcomes.get(timeout=pause)
             except queue.Empty:
-                pause = self._watch.waiting(time.monotonic() - started, patient=patient)
+                try:
+                    pause = self._watch.waiting(time.monotonic() - started, patient=patient)
+                except TransportError as error:
+                    self._lost = error  # the thread is stuck in the collective
+                    raise
                 continue
             if isinstance(outcome, _Broken):
                 # A patient wait has no timeout of its own: what ended it was a broken connection.

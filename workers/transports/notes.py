@@ -123,9 +123,14 @@ def within(seconds: float, work: Callable[[], T]) -> tuple[T] | None:
 
 
 def pid_space() -> str:
-    """Return what pids of this process's host are relative to: containers have their own."""
+    """Return what this process's pid is relative to, empty if that is not known.
+
+    Containers have pids of their own, and machines may share their host name: two namespaces that are called alike
+    are the same only where the machine's last boot is.
+    """
     try:
-        return str(Path("/proc/self/ns/pid").readlink())
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{Path('/proc/self/ns/pid').readlink()} {boot}"
     except OSError:
         return ""
 
@@ -133,7 +138,8 @@ def pid_space() -> str:
 def dead_neighbours(notes: dict[int, Note]) -> tuple[int, ...]:
     """Return the ranks of this host whose processes have ended."""
     here = (socket.gethostname(), pid_space())
-    return tuple(rank for rank, note in notes.items() if (note.host, note.pid_space) == here and _ended(note.pid))
+    neighbours = {rank: note for rank, note in notes.items() if here[1] and (note.host, note.pid_space) == here}
+    return tuple(rank for rank, note in neighbours.items() if _ended(note.pid))
 
 
 def _ended(pid: int) -> bool:

@@ -16,7 +16,17 @@ from logsync.coordinator.errors import (
 )
 from logsync.workers.transports.notes import Note, Verdict, ranks_text
 
-__all__ = ["GAVE_UP", "LastRound", "error_of_verdict", "has_timed_out", "heard_of", "judge", "last_known", "leavers"]
+__all__ = [
+    "GAVE_UP",
+    "LastRound",
+    "error_of_verdict",
+    "failed_in",
+    "has_timed_out",
+    "heard_of",
+    "judge",
+    "last_known",
+    "leavers",
+]
 
 GAVE_UP = "waited for its whole timeout"
 """The text of a note of a rank whose round failed by its timeout."""
@@ -50,6 +60,11 @@ def heard_of(notes: dict[int, Note], round_number: int) -> set[int]:
     }
 
 
+def failed_in(notes: dict[int, Note], round_number: int) -> set[int]:
+    """Return the ranks that have lost the group in this round or left it, so that no round can be made any more."""
+    return {r for r, n in notes.items() if n.doing == "left" or (n.doing == "failed" and n.round >= round_number)}
+
+
 def leavers(notes: dict[int, Note]) -> dict[int, Note]:
     """Return the ranks that left by an exception of their own."""
     return {rank: note for rank, note in notes.items() if note.doing == "left"}
@@ -73,7 +88,7 @@ def judge(
         notes: as far as they could be read.
         rank: who judges; it came to the round.
         waited_s: how long it had waited when the round failed.
-        detail: the first line of gloo's own error.
+        detail: the first line of gloo's own error; empty where the round was given up without one.
         before: the notes when the round failed, which tell who came late; `notes` may have been read since.
         last: the last round that completed.
     """
@@ -103,8 +118,9 @@ def judge(
         who = f"{ranks_text(missing)} {verb}: {last_known(missing, notes, last)}"
     else:
         who = f"{ranks_text(overdue)} came too late: {last_known(overdue, notes, last)}"
-    how = f"waited {waited_s:.1f} s of {timeout_s:g} s" if timed_out else f"lost its connection after {waited_s:.1f} s"
-    text = f"round {round_number} failed: rank {rank} {how}; {who}. gloo says: {detail}"
+    how = f"{'lost its connection after' if detail and not timed_out else 'waited'} {waited_s:.1f} s"
+    how += f" of {timeout_s:g} s" if timed_out else ""
+    text = f"round {round_number} failed: rank {rank} {how}; {who}" + (f". gloo says: {detail}" if detail else "")
     # Without the root's word, a root that did not come counts as lost.
     late = (timed_out and not dead and (rank == 0 or 0 not in missing)) or culprits == {rank}
     kind = "timeout" if late else "lost"

@@ -18,6 +18,7 @@ from logsync.workers.transports.postmortem import (
     GAVE_UP,
     LastRound,
     error_of_verdict,
+    failed_in,
     has_timed_out,
     heard_of,
     judge,
@@ -76,8 +77,9 @@ class Watch:
         """Tell that this rank waits; warn if it has been long. Returns seconds until the next call.
 
         Raises:
-            RoundTimeout, CoordinatorLost: a patient rank's peers do not show that they live.
-            PeerFailed: a patient rank's peer has left.
+            TransportError: the round cannot end well. Other ranks say that they have lost the group, or a rank's
+                process has ended: gloo has been seen to miss a closed connection, about once in fifty kills. Or this
+                rank is patient, and a peer shows no life.
         """
         if waited_s < 2 * self.first_pause_s:
             self._warned_s = 0.0
@@ -91,6 +93,9 @@ class Watch:
             if warns:
                 self._warned_s = waited_s
                 self._warn(notes, waited_s, patient=patient)
+                if not patient and (dead_neighbours(notes) or failed_in(notes, self._round)):
+                    lost = self.explain("", waited_s)
+                    raise lost
         return max(0.05, min(self._warn_after_s - (waited_s - self._warned_s), self.beat_s))
 
     def leave(self, reason: str) -> None:
