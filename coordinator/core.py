@@ -7,7 +7,7 @@ Pure: no clock, thread, file or environment; the same frames give the same bytes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from logsync.coordinator.errors import (
     AgreedError,
@@ -32,6 +32,7 @@ from logsync.coordinator.messages import (
     Event,
     Failure,
     LogEntry,
+    NewEpoch,
     Report,
     Rhythm,
     Settings,
@@ -62,7 +63,24 @@ _STANDING = (
     "_missed",
     "_unanswered",
 )
+_CALLS = ("decision", "write")  # what a rank's user called; the other kinds come from ranks that call nothing
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...]]
+
+
+class _Over(NamedTuple):
+    """Whether a round ends the run or an epoch of it, and the calls of the rank that made most."""
+
+    run: bool = False
+    epoch: bool = False
+    call: int = 0
+
+
+_GOES_ON = _Over()
+
+
+def _over(reports: list[Report]) -> _Over:
+    kinds = {r.kind for r in reports}
+    return _Over(kinds == {"closed"}, "ended" in kinds and kinds.isdisjoint(_CALLS), max(r.call for r in reports))
 
 
 class Coordinator:
@@ -116,7 +134,7 @@ class Coordinator:
         self._counting = 0
         self._steps: dict[int, int] = {}  # every rank's step at the last decision, where ranks' steps are compared
         self._entry_call = 0  # the call up to which everything is in an entry
-        self._missed = False
+        self._missed = 0  # calls of earlier starts that are in no entry and in no window
         self._unanswered = 0  # rounds in a row that only waited for an update
 
     def handle(
@@ -136,30 +154,32 @@ class Coordinator:
         number = self._round
         self._round += 1
         moment = self._moment()
-        finished = False
+        over = _GOES_ON
         try:
             if number == 0:
                 check_hellos(read_hellos(frames), self._world_size)
                 decision = self._decision(number)
             else:
                 reports = read_reports(frames, self._run, number, self._world_size, self._members)
-                finished = all(r.kind == "closed" for r in reports)
+                over = _over(reports)
                 decision = self._decide(number, reports, now)
             reply = _encoded(decision)
         except (AgreedError, ConfigMismatch) as error:
-            return self._rejected(moment, number, error, finished=finished), ()
+            return self._rejected(moment, number, error, over), ()
         except Exception as error:  # noqa: BLE001 - a failing root must reach every rank, or they wait for ever
             text = f"the coordinator failed in round {number}: {type(error).__name__}: {error}"
-            return self._rejected(moment, number, CoordinatorFailed(text), finished=finished), ()
+            return self._rejected(moment, number, CoordinatorFailed(text), over), ()
         return reply, () if decision.entry is None else (decision.entry,)
 
-    def _rejected(self, moment: _Moment, number: int, error: LogsyncError, *, finished: bool) -> bytes:
+    def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
         self._return_to(moment)
-        return encode(self._decision(number, failure=failure_of(error), finished=finished))
+        return encode(self._decision(number, failure=failure_of(error), over=over))
 
     def _decide(self, number: int, reports: list[Report], now: float) -> Decision:
-        active = [r for r in reports if r.kind != "closed"]
-        # At the very end all have closed; then the rank that came furthest says where the run stands.
+        over = _over(reports)
+        active = [r for r in reports if r.kind in _CALLS]
+        absent = len(active) < len(reports)
+        # At the end of all, or of an epoch, the rank that came furthest says where the run stands.
         counting = active[0] if active else max(reports, key=lambda r: r.call)
         active = active or reports
         kind = counting.kind
@@ -180,21 +200,22 @@ class Coordinator:
         alone = ready and self._detached and not writes  # nobody is told to compute and write
         if alone:
             manager.log_written(counting.step)
-        if writes or alone or kind == "closed":
+        if writes or alone or over.run:
             partials = Partials()
             partials.add_windows((r.rank, r.window) for r in reports)
             if writes or partials:
                 # What is left at the end may follow a write() at a later step: an entry's step never goes back.
-                last = manager.last_log_step if kind == "closed" else None
+                last = manager.last_log_step if over.run else None
                 step = counting.step if last is None or counting.step is None else max(counting.step, last)
                 entry = self._entry(partials, step, counting.call, now)
-        if kind == "closed":
-            return self._decision(number, entry=entry, finished=True, notices=notices)
+        if kind not in _CALLS:
+            return self._decision(number, entry=entry, over=over, notices=notices)
         lease = 0
         if writes or alone or not ready:
             least = min((r.rhythm.current for r in active if r.rhythm.current is not None), default=None)
             lease = self._cadence.lease(counting.rhythm.current, due_step(manager, least), self._settings.max_lease)
-        return self._decision(number, ready=ready, lease=lease, entry=entry, notices=notices)
+        ranks = tuple(r.rank for r in active[:16]) if absent else ()
+        return self._decision(number, ready=ready, lease=lease, entry=entry, notices=notices, active=ranks)
 
     def _decision(
         self,
@@ -204,10 +225,16 @@ class Coordinator:
         lease: int = 0,
         entry: LogEntry | None = None,
         failure: Failure | None = None,
-        finished: bool = False,
+        over: _Over = _GOES_ON,
         notices: Sequence[str] = (),
+        active: tuple[int, ...] = (),
     ) -> Decision:
         manager = self.frequency_manager
+        new_epoch = None
+        if over.epoch:
+            new_epoch = NewEpoch(over.call, max(0, over.call - self._entry_call) + self._missed)
+            self._cadence.clear()
+            self._steps.clear()
         state = State(
             manager.log_frequency,
             self._settings.log_frequency,
@@ -220,7 +247,20 @@ class Coordinator:
             self.attempt,
             run_id=self.run_id,
         )
-        return Decision(PROTOCOL, self._run, number, ready, lease, state, entry, failure, finished, tuple(notices[:64]))
+        return Decision(
+            protocol=PROTOCOL,
+            run=self._run,
+            round=number,
+            log_ready=ready,
+            lease=lease,
+            state=state,
+            entry=entry,
+            failure=failure,
+            finished=over.run,
+            notices=tuple(notices[:64]),
+            new_epoch=new_epoch,
+            active=active,
+        )
 
     @property
     def next_round(self) -> int:
@@ -261,7 +301,7 @@ class Coordinator:
         partials.add_windows([(rank, window)])
         if not partials:
             return None
-        self._missed = True
+        self._missed = max(1, self._missed)
         return self._entry(partials, step, call, now)
 
     def _entry(self, partials: Partials, step: Step, call: int, now: float) -> LogEntry:
@@ -277,12 +317,12 @@ class Coordinator:
             metrics=merged.metrics,
             ranks=merged.ranks,
             nan_ranks=merged.nan_ranks,
-            partial=self._missed or self._detached,
+            partial=self._missed > 0 or self._detached,
         )
         self.frequency_manager.log_written(step)
         self.next_seq += 1
         self._entry_call = call
-        self._missed = False
+        self._missed = 0
         return entry
 
     def _check_steps(self, active: list[Report], counting: Report) -> None:
@@ -323,7 +363,7 @@ class Coordinator:
                 timeline.append((event.call, -1 if reset else report.rank, index, event))
         # Where the counting rank's step lay after it went back, and where it is now: a log may be marked ahead of it.
         falls = [*counting.rhythm.falls]
-        if counting.kind != "closed" and counting.step is not None:
+        if counting.kind in _CALLS and counting.step is not None:
             falls.append((counting.call, counting.step))
         timeline += [(call, self._world_size, index, step) for index, (call, step) in enumerate(falls)]
         fell_from: Step = None
@@ -417,7 +457,7 @@ class Coordinator:
             self.run_dir = state.run_dir
         self.attempt = max(self.attempt, state.attempt + 1)
         self.restores += 1
-        self._missed = state.missed > 0
+        self._missed = state.missed
         self._entry_call = call
         self._cadence.clear()
         self._steps.clear()

@@ -54,12 +54,12 @@ class Host:
         self._clock = clock
         self._held: list[LogEntry] = []
         # A rank that leaves in mid-round does so while the transport's thread may still be deciding it.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._restores = 0
         self._loaded: tuple[State, int] | None = None  # what no round has taken over yet
         self._last_entry: LogEntry | None = None  # of the state that was loaded last
         self._last_reply = b""
-        self._closed = self._detached = False
+        self._closed = self._left = self._detached = False
         sinks.prepare(self._run_info())
 
     @property
@@ -75,7 +75,7 @@ class Host:
                 nothing more for the others, who would take it for logged.
         """
         with self._lock:
-            if self._closed or self._detached:
+            if self._closed or self._left or self._detached:
                 msg = "rank 0 has left the group"
                 raise RuntimeError(msg)
             self._last_reply = self._decide(frames)
@@ -138,10 +138,11 @@ class Host:
         self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
 
     def release(self) -> None:
-        """Hand what is held to the sinks."""
-        held, self._held = self._held, []
-        for entry in held:
-            self._sinks.write(entry)
+        """Hand what is held to the sinks; from any thread."""
+        with self._lock:
+            held, self._held = self._held, []
+            for entry in held:
+                self._sinks.write(entry)
 
     def leave(self, rank: int, take: Callable[[int], Window], step: Step, call: int) -> None:
         """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more.
@@ -150,6 +151,7 @@ class Host:
             take: returns that window, given the `seq` that the next entry will have.
         """
         with self._lock:
+            self._left = True
             self.release()
             if self._loaded is not None:
                 self.coordinator.load(*self._loaded)

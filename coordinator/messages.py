@@ -29,7 +29,9 @@ __all__ = [
     "Hello",
     "KeySpec",
     "LogEntry",
+    "NewEpoch",
     "Report",
+    "ReportKind",
     "Rhythm",
     "Settings",
     "State",
@@ -79,6 +81,8 @@ _Key = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 _Metric = Annotated[str, Meta(min_length=1, max_length=MAX_NAME + 32)]  # with "/argmax_rank" and the like behind it
 _Path = Annotated[str, Meta(max_length=MAX_PATH)]
 _RunId = Annotated[str, Meta(max_length=32)]
+
+ReportKind = Literal["decision", "write", "ended", "closed"]
 
 Reduction = Literal["mean", "sum", "min", "max", "last"]
 
@@ -208,7 +212,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """One rank's frame of a round.
 
     Attributes:
-        kind: "decision" at a log_ready call, "write" at write(), "closed" from a rank that has closed.
+        kind: "decision" at a log_ready call, "write" at write(), "ended" from a rank that makes no more calls in this
+            epoch, "closed" from one that has closed.
         call: how many calls this rank has made, this one included.
         fault: what was wrong with the step of this call, or of one under the lease, or with write()'s values.
         restore: the bytes given to `load_state_dict` since the last accepted round; empty if none were.
@@ -219,7 +224,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     round: _Natural
     rank: _Rank
     world_size: Annotated[int, Meta(ge=1, le=_MAX_RANKS)]
-    kind: Literal["decision", "write", "closed"]
+    kind: ReportKind
     call: _Natural
     step: _MaybeStep
     check_model_update: bool
@@ -228,6 +233,18 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     window: Window = Window()
     fault: Failure | None = None
     restore: Annotated[bytes, Meta(max_length=16_384)] = b""
+
+
+class NewEpoch(msgspec.Struct, frozen=True, array_like=True):
+    """Every rank has ended its epoch or closed: those that go on count alike from here.
+
+    Attributes:
+        call: how many calls the rank has made that made most.
+        missed: how many of its calls are in no entry yet; as in `State`.
+    """
+
+    call: _Natural
+    missed: _Natural
 
 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
@@ -241,6 +258,8 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
         failure: the agreed error of the round; then nothing else in here changed.
         finished: every rank has closed; this was the last round.
         notices: warnings for the log of rank 0.
+        new_epoch: if this round was the end of an epoch, also where it failed.
+        active: the lowest 16 ranks that still make calls, if some have ended their epoch.
     """
 
     protocol: _Natural
@@ -253,6 +272,8 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
     failure: Failure | None = None
     finished: bool = False
     notices: Annotated[tuple[_Text, ...], Meta(max_length=64)] = ()
+    new_epoch: NewEpoch | None = None
+    active: _FewRanks = ()
 
 
 class Settings(msgspec.Struct, frozen=True):

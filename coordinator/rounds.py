@@ -148,7 +148,7 @@ def step_mismatch(
         f"rank {rank}{more} is at step {now[rank]} while rank {counting} is at step {now[counting]}; at the last round "
         f"(rank {counting} at step {then[counting]}) the two were {where}. One of them called log_ready() more often "
         "than the other, or counts its steps differently. Every rank must call it equally often -- look for a call "
-        "under `if rank == ...`, or a loader that ended early on one rank"
+        "under `if rank == ...`, or a loader that ended early on one rank, which then calls end_epoch()"
     )
     call = next(r.call for r in reports if r.rank == rank)
     return RoundMismatch(msg, ranks=tuple(moved), call=call, step=now[rank])

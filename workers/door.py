@@ -105,7 +105,7 @@ def connect(
     if found.rank == 0:
         reserved = reserve_run_dir(settings.name) if folder is None and _may_use_files(sinks) else None
         host = _host(settings, sink_set, folder, reserved, found.world_size)
-    log = TrainingLog(found, settings, host, given_run_dir=folder)
+    log = TrainingLog(found, settings, host, given_run_dir=folder, warn_after_s=warn_after)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
     return log
 

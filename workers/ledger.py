@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import msgspec
 
@@ -17,7 +16,9 @@ from logsync.coordinator.messages import (
     Event,
     Failure,
     LogEntry,
+    NewEpoch,
     Report,
+    ReportKind,
     Rhythm,
     State,
     Window,
@@ -58,9 +59,11 @@ class Ledger:
 
     # Slots, because a leased call costs little more than its attribute accesses.
     __slots__ = (
+        "_active",
         "_calls",
         "_current",
         "_entry_call",
+        "_epoch_over",
         "_events",
         "_falls",
         "_fault",
@@ -77,6 +80,7 @@ class Ledger:
         "_run",
         "_sent_events",
         "_since",
+        "_skipped",
         "_state",
         "_steps",
         "_world_size",
@@ -98,6 +102,7 @@ class Ledger:
         self._lease = 0
         self._steps: list[object] = [None] * (max_lease + 1)
         self._calls = 0  # calls before the lease
+        self._skipped = 0  # of those, calls that only other ranks made: epochs begin with the same number everywhere
         self._entry_call = 0
 
         # How the step moves, over all calls; see Rhythm. The first call counts as a change, which errs to short leases.
@@ -113,10 +118,12 @@ class Ledger:
         self._fault: Failure | None = None
         self._restore = b""
         self._finished = False
+        self._epoch_over = False  # whether the last reply ended an epoch
+        self._active: tuple[int, ...] = ()  # ranks that still made calls at the last reply, if some did not
 
     @property
     def calls(self) -> int:
-        """How many calls this rank has made."""
+        """The number of the last call: how many this rank has made, and what it lacked in epochs it ended early."""
         return self._calls + self._lease - self._left
 
     def position(self) -> tuple[int, Step]:
@@ -214,7 +221,7 @@ class Ledger:
 
     def _frame(
         self,
-        kind: Literal["decision", "write", "closed"],
+        kind: ReportKind,
         step: object = None,
         *,
         check_model_update: bool = False,
@@ -253,8 +260,12 @@ class Ledger:
             leased.reverse()
             self._track(leased)
 
-    def _accept(self, reply: bytes) -> Decision:
+    def _accept(self, reply: bytes, *, ended: bool = False) -> Decision:
         """Take over what the root decided.
+
+        Args:
+            ended: this rank makes no more calls in this epoch: it takes no lease, and where the epoch is over its
+                calls go on from the number that the reply gives.
 
         Raises:
             LogsyncError: the agreed error that came instead; what this rank has recorded and said is kept.
@@ -268,6 +279,10 @@ class Ledger:
             msg = f"the reply is for round {decision.round} of run {decision.run!r}, not {number} of {self._run!r}"
             raise ProtocolError(msg, round=number)
         self._finished = decision.finished
+        self._active = decision.active
+        self._epoch_over = decision.new_epoch is not None
+        if decision.failure is not None and ended:
+            self._enter(decision.new_epoch)
         if decision.failure is not None:
             raise error_of(decision.failure, number)
         if decision.lease >= len(self._steps):
@@ -282,8 +297,16 @@ class Ledger:
         if decision.entry is not None:
             self.last_entry = decision.entry
             self._entry_call = self._calls
-        self._lease = self._left = decision.lease
+        if ended:
+            self._enter(decision.new_epoch)
+        else:
+            self._lease = self._left = decision.lease
         return decision
+
+    def _enter(self, epoch: NewEpoch | None) -> None:
+        if epoch is not None:
+            self._skipped += epoch.call - self._calls
+            self._calls, self._entry_call = epoch.call, epoch.call - epoch.missed
 
     def _track(self, steps: Iterable[object]) -> None:
         """Count one call for each of `steps` and note how the step moved."""

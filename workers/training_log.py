@@ -6,6 +6,7 @@ import atexit
 import copy
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -25,9 +26,11 @@ from logsync.coordinator.errors import (
 from logsync.coordinator.frequency import FrequencyType, LogStepType
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, Window, encode_hello
+from logsync.workers.absence import Absence
 from logsync.workers.ledger import Ledger
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
+from logsync.workers.transports.notes import ranks_text
 from logsync.workers.values import single_number
 from logsync.workers.window import OpenWindow, Taken, checked_name
 
@@ -42,7 +45,7 @@ class Stats(NamedTuple):
     """What a log has cost this rank so far.
 
     Attributes:
-        calls: calls of `log_ready`.
+        calls: calls of `log_ready` that this rank has made.
         rounds: how many exchanges there were, the hello of `connect` not counted.
         bytes_sent: bytes of this rank's frames.
         wait_s: seconds spent in rounds, most of it waiting for the slowest rank.
@@ -62,7 +65,13 @@ class TrainingLog(Ledger):
     """
 
     def __init__(
-        self, transport: Transport, settings: Settings, host: Host | None, *, given_run_dir: str | None = None
+        self,
+        transport: Transport,
+        settings: Settings,
+        host: Host | None,
+        *,
+        given_run_dir: str | None = None,
+        warn_after_s: float = 60.0,
     ) -> None:
         super().__init__(
             transport.rank,
@@ -73,6 +82,7 @@ class TrainingLog(Ledger):
         self.given_run_dir = given_run_dir
         """The folder that the user chose, None if rank 0 did."""
         self._settings = settings
+        self._warn_after_s = warn_after_s
         self._transport: Transport = transport
         self._host = host
         self._window = OpenWindow()
@@ -82,6 +92,9 @@ class TrainingLog(Ledger):
         self._unusable: LogsyncError | None = None  # why no further round can be made
         self._complete = False  # the last round was made
         self._doubtful: tuple[int, Taken] | None = None  # see _exchange: what an interrupted round had taken
+        self._absence: Absence | None = None  # from end_epoch() to the end of the epoch on all ranks
+        self._left_open = Taken.nothing()  # what this rank had recorded when it ended its epoch
+        self._lock = threading.RLock()  # while it is absent, a thread of its own sends what the user says
         self._parked = 0  # a lease set aside until the open entry is handed over
         self._rounds = 0
         self._bytes_sent = 0
@@ -102,7 +115,8 @@ class TrainingLog(Ledger):
 
     @log_frequency.setter
     def log_frequency(self, log_frequency: LogStepType) -> None:
-        self._set_frequency(log_frequency)
+        with self._lock:
+            self._set_frequency(log_frequency)
 
     @property
     def frequency_type(self) -> FrequencyType:
@@ -174,11 +188,24 @@ class TrainingLog(Ledger):
     @property
     def stats(self) -> Stats:
         """What the log has cost this rank so far."""
-        return Stats(self.calls, self._rounds, self._bytes_sent, self._wait_s)
+        return Stats(self.calls - self._skipped, self._rounds, self._bytes_sent, self._wait_s)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
+    def model_updated(self, step: LogStepType = None) -> None:  # noqa: D102 - as the base says
+        with self._lock:
+            super().model_updated(step)
+
+    def log_written(self, step: LogStepType = None) -> None:  # noqa: D102 - as the base says
+        with self._lock:
+            super().log_written(step)
+
+    def state_dict(self) -> dict[str, bytes]:  # noqa: D102 - as the base says
+        with self._lock:
+            return super().state_dict()
+
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
+        self._come_back()
         super().load_state_dict(state_dict)
         if self._host is not None:
             self._host.loaded(self.state, self.last_entry, self.calls)
@@ -224,7 +251,9 @@ class TrainingLog(Ledger):
         Raises:
             TypeError, ValueError: a value is no number, or a name is bad or merged already.
         """
-        if self._host is not None:
+        if self._host is not None and self._absence is not None:
+            _logger.warning("annotate(%s) came after end_epoch(), and was dropped", ", ".join(map(str, values)))
+        elif self._host is not None:
             self._host.annotate({checked_name(name): single_number(name, value) for name, value in values.items()})
 
     def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
@@ -249,6 +278,7 @@ class TrainingLog(Ledger):
                 "connect() may log. In data loader workers, return the values and record them in the training loop"
             )
             raise ForkedProcess(msg)
+        self._come_back()
         self._parked = 0
         if self._host is not None:
             self._host.release()
@@ -263,7 +293,7 @@ class TrainingLog(Ledger):
         carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
         frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
-        seq = self._host.coordinator.next_seq if self._host is not None else 0
+        seq = self._next_seq()
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
         except LogsyncError as error:
@@ -281,11 +311,103 @@ class TrainingLog(Ledger):
             raise
         if decision.entry is None:
             self._window.give_back(taken)
-        for notice in decision.notices:
-            _logger.log(logging.WARNING if self.is_coordinator else logging.DEBUG, "%s", printable(notice, 1000))
+        self._tell(decision)
         if self._host is not None and self._host.holds_entry:
             self._parked, self._lease, self._left = self._left, 0, 0
         return decision
+
+    def _next_seq(self) -> int:
+        return self._host.coordinator.next_seq if self._host is not None else 0
+
+    def _tell(self, decision: Decision) -> None:
+        for notice in decision.notices:
+            _logger.log(logging.WARNING if self.is_coordinator else logging.DEBUG, "%s", printable(notice, 1000))
+
+    def end_epoch(self) -> None:
+        """Say that this rank makes no more calls in this epoch; the others may have more batches, and go on.
+
+        Call it on every rank at the end of every epoch where loaders may be of different lengths. It does not wait:
+        the rounds of the others are answered on a thread, also while this rank is in a collective of its own, such as
+        those of DDP's Join (call it inside the `with Join(...)` block). The next `log_ready`, `write`,
+        `load_state_dict`, `close` or `end_epoch` waits until every rank has ended the epoch or closed. Then call
+        numbers agree again, and no rank has a lease.
+
+        What is recorded and not logged by then goes into the others' next entry, or else into the next epoch's first.
+        Meanwhile `log_ready` answers are those of the lowest rank that still makes calls. `state_dict` does not wait
+        either: it tells what this rank has heard of. For an exact checkpoint at the end of an epoch call `write`
+        first.
+
+        Raises:
+            TransportError: a rank was lost before, or in an earlier epoch's end that had not been waited for.
+        """
+        self._begin()
+        self._settle()
+        self._left_open = self._window.take()
+        self._doubtful = (self._next_seq(), self._left_open)
+        self._absence = Absence(self._answer_absent)
+        self._absence.start()
+
+    def _answer_absent(self) -> bool:
+        """Answer one round of the others, on the absence's thread; say whether the epoch is over."""
+        with self._lock:
+            frame = self._frame("ended", window=self._left_open.message)
+        self._doubtful = (self._next_seq(), self._left_open)
+        try:
+            reply = self._exchange(frame, patient=True)
+            with self._lock:
+                decision = self._accept(reply, ended=True)
+        except AgreedError as error:
+            if self._epoch_over:
+                raise
+            if isinstance(error, FrameTooLarge) and self._rank in error.ranks:
+                self._left_open = Taken.nothing()
+                self._say_that_the_window_is_dropped(error)
+            # Otherwise it is a mistake of those that made a call here: they have the error.
+            return False
+        if decision.entry is not None:
+            self._left_open = Taken.nothing()
+        self._tell(decision)
+        if self._host is not None:
+            self._host.release()
+        return self._epoch_over
+
+    def _come_back(self) -> None:
+        """Wait until all have ended the epoch, if this rank has.
+
+        Raises:
+            TransportError: a rank was lost meanwhile.
+            AgreedError: what the ranks said at the end of the epoch does not fit together.
+        """
+        absence = self._absence
+        if absence is None:
+            return
+        try:
+            self._wait_s += absence.wait(self._warn_after_s, self._warn_of_the_wait)
+        except Exception:
+            self._end_absence()
+            raise
+        self._end_absence()
+
+    def _end_absence(self) -> None:
+        self._absence = None
+        if self._unusable is None:
+            self._doubtful = None
+            self._window.give_back(self._left_open)
+            self._left_open = Taken.nothing()
+
+    def _warn_of_the_wait(self, waited_s: float) -> None:
+        # One voice: that of the lowest rank that waits, as far as this one can tell.
+        if set(range(self._rank)) <= set(self._active):
+            _logger.warning(
+                "rank %d has ended its epoch and waits since %.0f s for %s: every rank calls end_epoch() as often as "
+                "the others, or closes its log",
+                self._rank,
+                waited_s,
+                f"{ranks_text(self._active)} and maybe others" if self._active else "others to end theirs",
+            )
+
+    def _say_that_the_window_is_dropped(self, error: FrameTooLarge) -> None:
+        _logger.error("the last window of rank %d is dropped: %s", self._rank, error)
 
     def _exchange(self, frame: bytes, *, patient: bool) -> bytes:
         started = time.perf_counter()
@@ -293,12 +415,14 @@ class TrainingLog(Ledger):
             reply = self._transport.exchange(frame, patient=patient)
         except TransportError as error:
             if self._settings.on_failure == "raise" or self not in _open_logs:
-                self._unusable = error
+                if self._unusable is None:
+                    self._unusable = error
                 raise
             reply = self._detach(error, frame)
         self._rounds += 1
         self._bytes_sent += len(frame)
-        self._wait_s += time.perf_counter() - started
+        if self._absence is None:
+            self._wait_s += time.perf_counter() - started
         return reply
 
     def _detach(self, error: TransportError, frame: bytes) -> bytes:
@@ -396,7 +520,7 @@ class TrainingLog(Ledger):
                     refused = error
                 elif isinstance(error, FrameTooLarge) and self._rank in error.ranks:
                     # No round can take it, so the others would wait for this rank for ever.
-                    _logger.error("the last window of rank %d is dropped: %s", self._rank, error)  # noqa: TRY400 - it says all
+                    self._say_that_the_window_is_dropped(error)
                     self._window.clear()
             else:
                 if self._finished:
@@ -416,7 +540,8 @@ class TrainingLog(Ledger):
             return
         if self._host is not None and not self._complete:
             try:
-                self._settle()
+                with self._lock:
+                    self._settle()
                 self._host.leave(self._rank, self._last_window, self._current, self.calls)
             except Exception:
                 _logger.exception("could not write the last window of rank %d", self._rank)
@@ -433,7 +558,8 @@ class TrainingLog(Ledger):
     def _let_go(self, reason: str | None = None) -> None:
         if self._unusable is None:
             self._unusable = LogClosed("the log is closed")
-        self._settle()
+        with self._lock:
+            self._settle()
         self._parked = 0
         self.record = _refuse_to_record
         self._transport.close(reason)  # first: the others are waiting, the sinks are not

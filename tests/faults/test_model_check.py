@@ -106,8 +106,8 @@ class NumbersFromTheRound(Coordinator):
 class ComesTooEarly(SimRank):
     """Rank 1 takes each lease for a call shorter than it is."""
 
-    def _accept(self, reply: bytes) -> Decision:
-        decision = super()._accept(reply)
+    def _accept(self, reply: bytes, *, ended: bool = False) -> Decision:
+        decision = super()._accept(reply, ended=ended)
         if self._rank == 1 and self._lease > 1:
             self._lease = self._left = self._lease - 1
         return decision

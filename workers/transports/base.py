@@ -26,6 +26,7 @@ class Transport(Protocol):
         - A round that the transport cannot complete raises a `TransportError` on every rank, at the latest after the
           timeout; so does every later one.
         - While a rank waits, its Python signal handlers run.
+        - `close` on another thread ends an `exchange` that waits: it raises a `TransportError`.
         - A transport keeps no frame or reply longer than the round takes.
 
     Attributes:

@@ -20,6 +20,7 @@ from logsync.coordinator.errors import (
     CollectiveSetupError,
     FrameTooLarge,
     LogsyncError,
+    PeerLost,
     TransportError,
     printable,
 )
@@ -121,6 +122,9 @@ class CollectiveTransport:
                 # SimpleQueue.get waits in a way that lets signal handlers run.
                 outcome = self._outcomes.get(timeout=pause)
             except queue.Empty:
+                if self._thread is None:
+                    msg = "the log was closed while a round of it was open"
+                    raise PeerLost(msg, ranks=(self.rank,)) from None
                 try:
                     pause = self._watch.waiting(time.monotonic() - started, patient=patient)
                 except TransportError as error:

@@ -220,8 +220,8 @@ class Watch:
         silent = [rank for rank, (_, since) in self._beats.items() if now - since > self._timeout_s]
         if silent:
             msg = (
-                f"rank {self._rank} has closed and waits for the others, but {ranks_text(silent)} showed no life for "
-                f"{self._timeout_s:g} s: {last_known(silent, notes, self._last)}"
+                f"rank {self._rank} makes no more calls and waits for the others, but {ranks_text(silent)} showed no "
+                f"life for {self._timeout_s:g} s: {last_known(silent, notes, self._last)}"
             )
             kind = CoordinatorLost if 0 in silent else RoundTimeout
             raise kind(msg, ranks=tuple(silent), round=self._round)
