@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from logsync.workers.transports.collective import _setup_error
 from support.torchrun import Ran, torchrun
 
 
@@ -90,3 +91,21 @@ def test_importing_the_contract_loads_neither_torch_nor_pytest() -> None:
     ran = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
 
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_restarted_job_that_cannot_build_its_group_is_told_of_the_addresses_of_its_predecessors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cure = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+    def said(restarts: str, own_store: str | None) -> str:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        monkeypatch.delenv(cure, raising=False)
+        if own_store is not None:
+            monkeypatch.setenv(cure, own_store)
+        return str(_setup_error(RuntimeError("Connection refused"), 3.0))
+
+    assert f"{cure}=1" in said("1", None)
+    assert f"{cure}=1" in said("2", "0")
+    assert cure not in said("2", "1")
+    assert cure not in said("0", None)
