@@ -178,6 +178,10 @@ class Rank:
     def sleep(self) -> None:
         time.sleep(self.plan["seconds"])
 
+    def starve(self) -> None:
+        """Keep every Python thread of this process from running: C's sleep, called with the interpreter's lock held."""
+        ctypes.PyDLL(None).sleep(self.plan["seconds"])
+
     def wait(self) -> None:
         """Have a step that lasts until the test says so."""
         self._wait_for(f"on{self.rank}")
@@ -211,6 +215,7 @@ DEEDS: dict[str, Callable[[Rank], None]] = {
     "exit": Rank.exit,
     "stop": Rank.stop,
     "sleep": Rank.sleep,
+    "starve": Rank.starve,
     "wait": Rank.wait,
     "throw": Rank.throw,
     "leave_a_child": Rank.leave_a_child,

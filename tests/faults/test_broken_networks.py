@@ -60,6 +60,10 @@ class Switch:
         """Let nothing of a rank come through any more, without a word to either side."""
         self._ip(f"link set {self._port(rank)} nomaster")
 
+    def heal(self, rank: int) -> None:
+        """Let everything through again."""
+        self._ip(f"link set {self._port(rank)} master {self.name}")
+
     def remove(self) -> None:
         """Take down what was built."""
         for rank in range(self.size):
@@ -107,5 +111,27 @@ def test_a_rank_whose_network_is_cut_off_is_named_by_all_others_and_does_not_han
     alone = this.failures([victim], this.fault_at(victim))[victim]
     assert alone["type"] in {"RoundTimeout", "CoordinatorLost"}
     assert victim not in alone["ranks"]
+    switch.heal(victim)  # too late: what comes through now must not hold up anybody's end
     assert this.release() == {0: 0, 1: 0, 2: 0}
     this.assert_logged_every_step()
+
+
+@pytest.mark.parametrize("victim", [2, pytest.param(0, marks=SLOW)])
+def test_a_partition_that_heals_before_the_timeout_costs_nothing_but_time(
+    switch: Switch, job: JobMaker, victim: int
+) -> None:
+    this = job(timeout=40, steps=60, network=(switch.address, [(switch.space(rank), "eth0") for rank in range(3)]))
+    this.deed(victim, "wait", drawn("healed").randint(3, 50))
+    this.start()
+    this.wait(victim, "fault")
+    switch.cut(victim)
+    this.allow(victim)
+    lowest = 1 if victim == 0 else 0
+    this.wait_for_warning(lowest, f"has waited 2 s for rank {victim}: ")
+    switch.heal(victim)
+
+    # Segments that were lost are sent again after a pause that has doubled each time.
+    for rank in range(3):
+        assert this.wait(rank, "done", "failed", within_s=40)["event"] == "done"
+    assert this.release() == {0: 0, 1: 0, 2: 0}
+    assert [(entry["seq"], entry["step"]) for entry in this.entries()] == [(step, step) for step in range(60)]

@@ -40,6 +40,36 @@ def test_a_stopped_rank_is_named_by_all_others_and_fails_as_well_once_it_goes_on
         this.assert_logged_every_step()
 
 
+def test_a_root_that_is_starved_for_10_s_is_waited_for_within_the_timeout_and_lost_beyond_it(job: JobMaker) -> None:
+    starved_s, dice = 10, drawn("starved")
+    waited_for = {"starve": job(timeout=40, steps=60), "stop": job(timeout=40, steps=60)}
+    given_up = job()
+    for deed, this in [*waited_for.items(), ("starve", given_up)]:
+        this.deed(0, deed, dice.randint(3, 50), seconds=starved_s)
+        this.start()
+
+    given_up.assert_others_say("CoordinatorLost", 0)
+    at = waited_for["stop"].fault_at(0)
+    waited_for["stop"].wait_until(at + starved_s)
+    waited_for["stop"].signal(0, signal.SIGCONT)
+    for this in waited_for.values():
+        for rank in range(3):
+            assert this.wait(rank, "done", "failed")["event"] == "done"
+        moment = this.deed_of(0)["moment"]
+        known = rf"took part in round {moment}, the last one|was last heard of at call {moment}, step {moment - 1}"
+        warnings = [event["text"] for event in this.events(1, "warning")]
+        assert len(warnings) >= starved_s - 2
+        for text in warnings:
+            assert re.fullmatch(rf"round \d+ has waited \d+ s for rank 0: rank 0 on \S+ \(pid \d+\) ({known}).*", text)
+        assert this.events(2, "warning") == []
+        assert this.release() == {0: 0, 1: 0, 2: 0}
+        assert [(entry["seq"], entry["step"]) for entry in this.entries()] == [(step, step) for step in range(60)]
+    failure = given_up.failures([0], given_up.fault_at(0) + starved_s)[0]
+    assert set(failure["ranks"]) <= {0}, f"it blames another rank: {failure}"
+    assert given_up.release() == {0: 0, 1: 0, 2: 0}
+    given_up.assert_logged_every_step()
+
+
 @pytest.mark.parametrize("late_s", [0.7, pytest.param(1.4, marks=SLOW), pytest.param(2.5, marks=SLOW)])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_comes_after_the_timeout_is_named_by_all_itself_included(

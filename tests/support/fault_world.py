@@ -133,6 +133,14 @@ class FaultJob:
         """Return when `rank` did its deed, on the monotonic clock."""
         return float(self.wait(rank, "fault")["at"])
 
+    def deed_of(self, rank: int) -> dict[str, Any]:
+        """Return what `rank` was told to do."""
+        return self._deeds[rank]
+
+    def wait_until(self, moment: float) -> None:
+        """Wait for a moment on the monotonic clock, where the fault is that so much time passes."""
+        time.sleep(max(0.0, moment - time.monotonic()))
+
     def wait_for_warning(self, rank: int, text: str) -> str:
         """Return the first warning of `rank` that has `text`."""
 

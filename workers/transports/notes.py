@@ -6,7 +6,10 @@ Nothing here is on the path of a healthy round. Store clients have no deadlines 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -68,8 +71,10 @@ class Notes:
     """
 
     def __init__(self, store: Any, prefix: str, rank: int, world_size: int) -> None:
+        before = _connections()
         self._writer = store.clone()
         self._reader = store.clone()
+        self._connections = dict(_connections().items() - before.items())
         self._prefix = f"logsync/{prefix}"
         self._rank = rank
         self._world_size = world_size
@@ -89,6 +94,18 @@ class Notes:
                 found[keys[key]] = note
         return found
 
+    def give_up(self) -> None:
+        """Note that the store did not answer: a thread may be waiting for it until this process ends."""
+        _given_up.append((os.getpid(), self))
+
+    def cut(self) -> None:
+        """Break the clients' connections, so that whoever waits for an answer gets an error."""
+        there = _connections()
+        for descriptor, inode in self._connections.items():
+            if there.get(descriptor) == inode:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+
     def judge(self, verdict: Verdict) -> None:
         """Leave the root's verdict for the others."""
         self._writer.set(f"{self._prefix}/verdict", msgspec.json.encode(verdict).decode())
@@ -106,6 +123,35 @@ def _decoded(data: bytes, kind: type[T]) -> T | None:
         return None
 
 
+_given_up: list[tuple[int, Notes]] = []
+_waiting: list[threading.Thread] = []
+_INTERNET = {socket.AF_INET, socket.AF_INET6}
+
+
+@atexit.register
+def _end_what_waits() -> None:
+    # A thread that comes back from the store's C++ while the interpreter is being torn down aborts the process.
+    here = [notes for pid, notes in _given_up if pid == os.getpid()]
+    for notes in here:
+        notes.cut()
+    for thread in _waiting if here else ():
+        thread.join(1.0)
+
+
+def _connections() -> dict[int, int]:
+    """Return the descriptors of this process's TCP connections and their inodes; none where there is no /proc."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if not str(entry.readlink()).startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    if connection.type == socket.SOCK_STREAM and connection.family in _INTERNET:
+                        found[int(entry.name)] = os.fstat(connection.fileno()).st_ino
+    return found
+
+
 def within(seconds: float, work: Callable[[], T]) -> tuple[T] | None:
     """Return what `work` returns, in a tuple, or None if it raises or takes longer; then its thread is given up."""
     results: list[T] = []
@@ -119,6 +165,8 @@ def within(seconds: float, work: Callable[[], T]) -> tuple[T] | None:
     thread = threading.Thread(target=run, name="logsync-notes", daemon=True)
     thread.start()
     thread.join(seconds)
+    if thread.is_alive():
+        _waiting.append(thread)
     return (results[0],) if results else None
 
 

@@ -159,6 +159,7 @@ class Watch:
         answer = within(_STORE_S, lambda: question(notes))
         if answer is None:
             self._notes = None
+            notes.give_up()
             return None
         return answer[0]
 
