@@ -1,0 +1,490 @@
+"""What must hold for bytes from outside: a message within its bounds or the agreed error, and a root that goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
+
+import msgspec
+
+from logsync.coordinator.core import Coordinator
+from logsync.coordinator.errors import LogsyncError, ProtocolError
+from logsync.coordinator.messages import (
+    Decision,
+    Event,
+    Failure,
+    Hello,
+    KeySpec,
+    LogEntry,
+    Reduction,
+    Report,
+    Rhythm,
+    Settings,
+    State,
+    Window,
+    decode_decision,
+    decode_hello,
+    decode_report,
+    decode_state,
+    encode,
+    encode_hello,
+    unpack_schema,
+)
+from logsync.workers.door import connect
+from logsync.workers.transports.local import LocalTransport
+from logsync.workers.transports.notes import Note, Verdict
+from support.lockstep import SimRank, settings
+from support.mutants import made, mutated, state, window
+
+__all__ = [
+    "DECODERS",
+    "Twins",
+    "assert_within_bounds",
+    "check_decoded",
+    "check_log",
+    "check_reply",
+    "check_state",
+    "frugal",
+    "telling",
+]
+
+Dice = random.Random
+Rule = Callable[[Any], bool]
+
+INT64 = 2**63 - 1
+
+# -- bounds, said a second time --------------------------------------------------------------------------------------
+
+
+def _int(value: object, least: int = 0, most: int = INT64) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _rank(value: object) -> bool:
+    return _int(value, 0, 2**20 - 1)
+
+
+def _world(value: object) -> bool:
+    return _int(value, 1, 2**20)
+
+
+def _whole(value: object) -> bool:
+    return _int(value, -INT64)
+
+
+def _number(value: object) -> bool:
+    return _int(value) or (type(value) is float and 0 <= value < math.inf)
+
+
+def _float(value: object) -> bool:
+    return type(value) is float
+
+
+def _flag(value: object) -> bool:
+    return type(value) is bool
+
+
+def _maybe(rule: Rule) -> Rule:
+    return lambda value: value is None or rule(value)
+
+
+def _text(most: int, least: int = 0) -> Rule:
+    return lambda value: type(value) is str and least <= len(value) <= most
+
+
+def _blob(most: int) -> Rule:
+    return lambda value: type(value) is bytes and len(value) <= most
+
+
+def _one_of(*words: str) -> Rule:
+    return lambda value: type(value) is str and value in words
+
+
+def _many(rule: Rule, most: int) -> Rule:
+    return lambda value: type(value) is tuple and len(value) <= most and all(map(rule, value))
+
+
+def _by_metric(rule: Rule) -> Rule:
+    name = _text(288, 1)
+    return lambda value: type(value) is dict and len(value) <= 2**20 and all(map(name, value)) and all(
+        map(rule, value.values())
+    )
+
+
+def _a(kind: type) -> Rule:
+    def rule(value: object) -> bool:
+        assert type(value) is kind
+        assert_within_bounds(value)
+        return True
+
+    return rule
+
+
+_step = _maybe(_number)
+_folds = _one_of(*get_args(Reduction))
+_unit = _one_of("epoch", "step", "batch")
+
+BOUNDS: dict[type, dict[str, Rule]] = {
+    LogEntry: {
+        "seq": _int, "step": _step, "time": _float, "attempt": _int, "calls": _int, "world_size": _world,
+        "metrics": _by_metric(_float), "ranks": _by_metric(_int), "nan_ranks": _by_metric(_many(_rank, 16)),
+        "partial": _flag,
+    },
+    KeySpec: {"name": _text(256, 1), "reduce": _folds, "across": _folds, "spread": _flag, "per_rank": _flag},
+    Window: {"schema": _blob(2**24), "values": _blob(2**24)},
+    Rhythm: {
+        "rise": _step, "gap": _maybe(_int), "since": _int, "current": _step,
+        "falls": _many(lambda fall: type(fall) is tuple and len(fall) == 2 and _int(fall[0]) and _number(fall[1]), 64),
+    },
+    Event: {"call": _int, "kind": _one_of("update", "written", "frequency"), "value": _step},
+    Failure: {
+        "kind": _text(32), "text": _text(4096), "ranks": _many(_rank, 64), "call": _maybe(_int), "step": _step,
+    },
+    State: {
+        "log_frequency": _step, "configured": _step, "frequency_type": _unit, "last_log_step": _step,
+        "last_model_update_step": _step, "updated_since_log": _flag, "next_seq": _int, "run_dir": _text(4096),
+        "attempt": _int, "missed": _int,
+    },
+    Report: {
+        "protocol": _int, "run": _text(32), "round": _int, "rank": _rank, "world_size": _world,
+        "kind": _one_of("decision", "write", "closed"), "call": _int, "step": _step, "check_model_update": _flag,
+        "rhythm": _a(Rhythm), "events": _many(_a(Event), 65_536), "window": _a(Window), "fault": _maybe(_a(Failure)),
+        "restore": _blob(16_384),
+    },
+    Decision: {
+        "protocol": _int, "run": _text(32), "round": _int, "log_ready": _flag, "lease": _int, "state": _a(State),
+        "entry": _maybe(_a(LogEntry)), "failure": _maybe(_a(Failure)), "finished": _flag,
+        "notices": _many(_text(4096), 64),
+    },
+    Settings: {
+        "name": _text(128, 1), "log_frequency": _step, "mode": _one_of("exact", "on_change", "on_update"),
+        "frequency_type": _unit, "write": _one_of("auto", "explicit"), "max_lease": _int,
+        "timeout": lambda value: type(value) is float and value > 0, "on_failure": _one_of("raise", "detach"),
+    },
+    Hello: {"rank": _rank, "world_size": _world, "version": _text(64), "settings": _a(Settings)},
+    Note: {
+        "doing": _one_of("idle", "waiting", "failed", "left"), "round": _whole, "beat": _whole, "call": _whole,
+        "step": lambda value: value is None or _whole(value) or (type(value) is float and math.isfinite(value)),
+        "host": _text(2000), "pid": _whole, "pid_space": _text(2000), "dead": _many(_whole, 4096),
+        "text": _text(2000),
+    },
+    Verdict: {
+        "round": _whole, "kind": _one_of("timeout", "lost", "failed"), "ranks": _many(_whole, 4096),
+        "text": _text(2000),
+    },
+}  # fmt: skip
+
+
+def assert_within_bounds(message: Any) -> None:
+    """Assert that every field of a message is of its type and within its bounds."""
+    if type(message) is tuple:  # a schema
+        assert len(message) <= 65_536
+        for spec in message:
+            assert_within_bounds(spec)
+        return
+    bounds = BOUNDS[type(message)]
+    assert set(bounds) == set(message.__struct_fields__)
+    for field, rule in bounds.items():
+        value = getattr(message, field)
+        assert rule(value), f"{type(message).__name__}.{field} = {value!r:.200}"
+
+
+# -- decoders --------------------------------------------------------------------------------------------------------
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "hello": lambda data: decode_hello(data, 1),
+    "report": lambda data: decode_report(data, 1),
+    "decision": decode_decision,
+    "state": decode_state,
+    "schema": lambda data: unpack_schema(data, 1),
+}
+
+
+def check_decoded(kind: str, data: bytes) -> bool:
+    """Decode `data`; assert that it is refused, or a message within its bounds. Says whether it was taken."""
+    with telling(data), frugal(len(data)):
+        try:
+            message = DECODERS[kind](data)
+        except ProtocolError as error:
+            _assert_fit_for_a_log(error)
+            return False
+        assert_within_bounds(message)
+        again = encode_hello(message) if kind == "hello" else encode(message)
+        assert repr(DECODERS[kind](again)) == repr(message)
+        return True
+
+
+@contextlib.contextmanager
+def telling(*data: bytes | bytearray | memoryview) -> Iterator[None]:
+    """Let what fails inside say by which bytes."""
+    try:
+        yield
+    except Exception as error:
+        shown = " ".join(bytes(one).hex() or "-" for one in data)
+        msg = f"{type(error).__name__}: {error}\nthe bytes: {shown}"
+        raise AssertionError(msg) from error
+
+
+@contextlib.contextmanager
+def frugal(size: int) -> Iterator[None]:
+    """Assert, where memory is traced, that what is inside takes little more than `size` bytes need."""
+    if not tracemalloc.is_tracing():
+        yield
+        return
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    assert peak - before < 2**20 + 64 * size, f"{peak - before} bytes of memory for {size} bytes"
+
+
+def _assert_fit_for_a_log(error: LogsyncError, most: int = 1000) -> None:
+    assert str(error).isprintable()
+    assert len(str(error)) < most
+
+
+# -- a root that hears what it should not ----------------------------------------------------------------------------
+
+
+class Twins:
+    """Two roots of one world, one of which also hears hostile frames. Afterwards the two must not differ."""
+
+    def __init__(self, dice: Dice) -> None:
+        self._dice = dice
+        size, unit = dice.choice((1, 2, 3)), dice.choice(("epoch", "step", "batch"))
+        self.config = settings(
+            dice.choice((1, 3, 10, None)),
+            mode=dice.choice(("exact", "on_change", "on_update")),
+            frequency_type=unit,
+            write=dice.choice(("auto", "explicit")),
+        )
+        self.root, self._twin = (Coordinator(self.config, size, run="run", run_dir="runs/x") for _ in range(2))
+        self.ranks = [SimRank(rank, size, max_lease=1000, frequency_type=unit) for rank in range(size)]
+        self._step = 0
+        self._frames = [encode_hello(Hello(rank, size, "1", self.config)) for rank in range(size)]
+
+    @property
+    def over(self) -> bool:
+        """Whether a state has brought a number of the root to where no reply can carry it: a known defect."""
+        return max(self.root.next_seq, self.root.attempt) > INT64 or self.root._entry_call < 0
+
+    def introduce(self, *, hostile: bool = False) -> None:
+        """Make the first round."""
+        if hostile:
+            self._heard(self._bent(self._frames))
+        else:
+            self.accept(self._both(self._frames))
+
+    def honest(self) -> Decision:
+        """Make a round and assert that both roots answer it alike."""
+        reply = self._both(self.frames())
+        self.accept(reply)
+        return decode_decision(reply)
+
+    def hostile(self) -> None:
+        """Make a round with frames that no honest rank sends."""
+        self.accept(self._heard(self._bent(self.frames())))
+
+    def frames(self) -> list[bytes]:
+        """Return what honest ranks send next."""
+        dice = self._dice
+        self._step = max(0, self._step + dice.choice((0, 1, 1, 1, 2, 9, -3)))
+        kind = dice.choice(("decision", "decision", "decision", "write"))
+        shared, loads = window(dice), dice.random() < 0.1
+        loaded = {"state": encode(msgspec.structs.replace(state(dice), frequency_type=self.config.frequency_type))}
+        if self.config.frequency_type != "epoch":
+            loads = loads and not any(isinstance(step, float) for step in self._whole(loaded["state"]))
+        for rank in self.ranks:
+            if loads:
+                rank.load_state_dict(loaded)
+            if dice.random() < 0.2:
+                dice.choice((rank.model_updated, rank.log_written, rank.set_frequency))(dice.choice((None, 2, 5)))
+        checked = dice.random() < 0.1
+        self._frames = [
+            rank._frame(kind, self._step, check_model_update=checked, window=shared)  # type: ignore[arg-type]
+            for rank in self.ranks
+        ]
+        return self._frames
+
+    def accept(self, reply: bytes) -> None:
+        """Let all ranks hear the reply."""
+        for rank in self.ranks:
+            with contextlib.suppress(LogsyncError):
+                rank._accept(reply)
+
+    @staticmethod
+    def _whole(data: bytes) -> tuple[Any, ...]:
+        found = decode_state(data)
+        return found.last_log_step, found.last_model_update_step
+
+    def _both(self, frames: Sequence[bytes]) -> bytes:
+        with telling(*frames):
+            reply, entries = self.root.handle(frames, 1.0)
+            self._assert_twin_says(frames, reply, entries)
+            return reply
+
+    def _assert_twin_says(self, frames: Sequence[bytes], reply: bytes, entries: Sequence[LogEntry]) -> None:
+        again, logged = self._twin.handle(frames, 1.0)
+        assert again == reply, "the roots differ after hostile rounds"
+        assert encode(logged) == encode(entries)  # bits: NaN is not equal to itself
+
+    def _heard(self, frames: Sequence[bytes]) -> bytes:
+        """Let one root hear the frames; the other hears them only if they pass for an honest round."""
+        with telling(*frames):
+            before = _standing(self.root)
+            with frugal(sum(map(len, frames))):
+                reply, entries = self.root.handle(frames, 1.0)
+            if self.over:
+                return reply
+            decision = decode_decision(reply)
+            assert_within_bounds(decision)
+            if decision.failure is None:
+                self._assert_twin_says(frames, reply, entries)
+                return reply
+            assert decision.failure.kind != "coordinator_failed" or self._restored(frames), decision.failure.text
+            assert decision.failure.text.isprintable()
+            assert entries == ()
+            assert _standing(self.root) == before
+        self._twin._round += 1
+        # A distance of steps that was refused once is the norm from then on.
+        self._twin._steps = dict(self.root._steps)
+        return reply
+
+    def _restored(self, frames: Sequence[bytes]) -> bool:
+        """Say whether a state was loaded: one that does not fit makes the root fail, a known defect."""
+        return any(b"runs/\xc3\xa9" in bytes(frame) for frame in frames)
+
+    def _bent(self, frames: list[bytes]) -> list[Any]:
+        dice, bent = self._dice, list(frames)
+        for rank in range(len(bent)):
+            if dice.random() < 0.6:
+                bent[rank] = mutated(bent[rank], dice)
+        deed = dice.randrange(24)
+        if deed == 0 and len(bent) > 1:
+            bent.pop()
+        elif deed == 1:
+            bent.append(dice.choice((b"", frames[0])))
+        elif deed == 2:
+            bent.reverse()
+        elif deed == 3:
+            bent[-1] = made(dice.choice(("report", "hello", "decision")), dice)
+        return [dice.choice((bytes, bytearray, memoryview))(frame) for frame in bent]
+
+
+def _standing(root: Coordinator) -> dict[str, Any]:
+    """Return everything that a round which was refused must leave as it was."""
+    found = dict(vars(root))
+    # The round's number goes on. The distances of steps stay, too: see the known defects.
+    del found["_round"], found["_steps"]
+    found["_cadence"] = root._cadence.snapshot()
+    found["frequency_manager"] = dict(vars(root.frequency_manager))
+    return found
+
+
+# -- ranks that hear what they should not ----------------------------------------------------------------------------
+
+
+def _memory(rank: SimRank) -> dict[str, Any]:
+    return {slot: copy.copy(getattr(rank, slot)) for kind in type(rank).__mro__ for slot in _slots(kind)}
+
+
+def _slots(kind: type) -> Sequence[str]:
+    return getattr(kind, "__slots__", ())
+
+
+_FORGOTTEN = {"_round", "_sent_events", "_fault", "_finished"}  # the frame is spent, whatever the reply was
+
+
+def check_reply(dice: Dice) -> None:
+    """Give one rank a hostile reply: it takes a decision within its bounds, or changes nothing and goes on."""
+    world = Twins(dice)
+    world.introduce()
+    for _ in range(dice.randrange(3)):
+        world.honest()
+    honest, _ = world.root.handle(world.frames(), 1.0)
+    world._twin.handle(world._frames, 1.0)
+    victim, before = world.ranks[-1], _memory(world.ranks[-1])
+    reply = made("decision", dice) if dice.random() < 0.1 else mutated(honest, dice)
+    with telling(reply):
+        for rank in world.ranks[:-1]:
+            with contextlib.suppress(LogsyncError):
+                rank._accept(honest)
+        try:
+            with frugal(len(reply)):
+                decision = victim._accept(reply)
+        except LogsyncError as error:
+            _assert_fit_for_a_log(error, 4500)
+            after = _memory(victim)
+            assert {slot for slot in before if repr(before[slot]) != repr(after[slot])} <= _FORGOTTEN
+        else:
+            assert_within_bounds(decision)
+            assert decision.failure is None
+            assert decision.round == before["_round"]
+            assert victim._lease == victim._left == decision.lease <= 1000
+            assert victim.state is decision.state
+            return
+        if victim._round == before["_round"]:
+            return  # a reply that cannot be read leaves the rank a round behind: a known defect
+        failure = world.honest().failure
+        assert failure is None or failure.kind not in ("protocol", "coordinator_failed"), failure
+
+
+def check_state(dice: Dice) -> None:
+    """Load a hostile checkpoint: it is refused and nothing changes, or what follows from it can be sent and saved."""
+    world = Twins(dice)
+    world.introduce()
+    rank, before = world.ranks[0], _memory(world.ranks[0])
+    data = mutated(encode(state(dice)), dice)
+    given: Any = dice.choice(({"state": data}, {"state": data}, {"state": data}, {"state": str(data)}, data, {}))
+    with telling(data):
+        try:
+            with frugal(len(data)):
+                rank.load_state_dict(given)
+        except ValueError as error:
+            assert str(error).isprintable()
+            assert repr(_memory(rank)) == repr(before)
+            return
+        assert check_decoded("state", rank.state_dict()["state"])
+        if len(data) <= 16_384:  # a longer one makes frames that no root takes: a known defect
+            assert check_decoded("report", rank._frame("decision", 1))
+
+
+class _Liar(LocalTransport):
+    """A transport that bends replies."""
+
+    def __init__(self, dice: Dice) -> None:
+        super().__init__()
+        self._dice = dice
+        self.sent: list[bytes] = []
+        self.lies = False
+
+    def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+        reply = super().exchange(frame, patient=patient)
+        if self.lies and self._dice.random() < 0.6:
+            reply = mutated(reply, self._dice)
+        self.sent.append(reply)
+        return reply
+
+
+def check_log(dice: Dice) -> None:
+    """Give a whole log hostile replies: it raises errors of its own tree, and leaves when it is told to."""
+    transport = _Liar(dice)
+    log = connect(dice.choice((1, 3)), sinks=[], transport=transport)
+    transport.lies = True
+    for step in range(dice.randrange(1, 6)):
+        log.record(loss=step)
+        try:
+            log.write(step) if dice.random() < 0.2 else log.log_ready(step)
+        except LogsyncError:
+            continue
+        except RuntimeError as error:  # a reply that lacks what was asked for: a known defect
+            assert "the reply to write() has no entry" in str(error), transport.sent[-1].hex()  # noqa: PT017
+        except Exception as error:
+            msg = f"{type(error).__name__}: {error}\nthe bytes: {transport.sent[-1].hex()}"
+            raise AssertionError(msg) from error
+    log.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
