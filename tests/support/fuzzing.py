@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
-
-import msgspec
+from typing import Any
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import LogsyncError, ProtocolError
 from logsync.coordinator.messages import (
     Decision,
-    Event,
-    Failure,
     Hello,
-    KeySpec,
     LogEntry,
-    Reduction,
-    Report,
-    Rhythm,
-    Settings,
-    State,
-    Window,
     decode_decision,
     decode_hello,
     decode_report,
@@ -36,163 +24,26 @@ from logsync.coordinator.messages import (
     unpack_schema,
 )
 from logsync.workers.door import connect
+from logsync.workers.transports import notes
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.notes import Note, Verdict
+from support.bounds import INT64, assert_within_bounds
 from support.lockstep import SimRank, settings
-from support.mutants import made, mutated, state, window
+from support.mutants import MAKERS, made, mutated, state, window
 
 __all__ = [
     "DECODERS",
     "Twins",
-    "assert_within_bounds",
     "check_decoded",
     "check_log",
     "check_reply",
+    "check_rounds",
     "check_state",
     "frugal",
     "telling",
 ]
 
 Dice = random.Random
-Rule = Callable[[Any], bool]
-
-INT64 = 2**63 - 1
-
-# -- bounds, said a second time --------------------------------------------------------------------------------------
-
-
-def _int(value: object, least: int = 0, most: int = INT64) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _rank(value: object) -> bool:
-    return _int(value, 0, 2**20 - 1)
-
-
-def _world(value: object) -> bool:
-    return _int(value, 1, 2**20)
-
-
-def _whole(value: object) -> bool:
-    return _int(value, -INT64)
-
-
-def _number(value: object) -> bool:
-    return _int(value) or (type(value) is float and 0 <= value < math.inf)
-
-
-def _float(value: object) -> bool:
-    return type(value) is float
-
-
-def _flag(value: object) -> bool:
-    return type(value) is bool
-
-
-def _maybe(rule: Rule) -> Rule:
-    return lambda value: value is None or rule(value)
-
-
-def _text(most: int, least: int = 0) -> Rule:
-    return lambda value: type(value) is str and least <= len(value) <= most
-
-
-def _blob(most: int) -> Rule:
-    return lambda value: type(value) is bytes and len(value) <= most
-
-
-def _one_of(*words: str) -> Rule:
-    return lambda value: type(value) is str and value in words
-
-
-def _many(rule: Rule, most: int) -> Rule:
-    return lambda value: type(value) is tuple and len(value) <= most and all(map(rule, value))
-
-
-def _by_metric(rule: Rule) -> Rule:
-    name = _text(288, 1)
-    return lambda value: type(value) is dict and len(value) <= 2**20 and all(map(name, value)) and all(
-        map(rule, value.values())
-    )
-
-
-def _a(kind: type) -> Rule:
-    def rule(value: object) -> bool:
-        assert type(value) is kind
-        assert_within_bounds(value)
-        return True
-
-    return rule
-
-
-_step = _maybe(_number)
-_folds = _one_of(*get_args(Reduction))
-_unit = _one_of("epoch", "step", "batch")
-
-BOUNDS: dict[type, dict[str, Rule]] = {
-    LogEntry: {
-        "seq": _int, "step": _step, "time": _float, "attempt": _int, "calls": _int, "world_size": _world,
-        "metrics": _by_metric(_float), "ranks": _by_metric(_int), "nan_ranks": _by_metric(_many(_rank, 16)),
-        "partial": _flag,
-    },
-    KeySpec: {"name": _text(256, 1), "reduce": _folds, "across": _folds, "spread": _flag, "per_rank": _flag},
-    Window: {"schema": _blob(2**24), "values": _blob(2**24)},
-    Rhythm: {
-        "rise": _step, "gap": _maybe(_int), "since": _int, "current": _step,
-        "falls": _many(lambda fall: type(fall) is tuple and len(fall) == 2 and _int(fall[0]) and _number(fall[1]), 64),
-    },
-    Event: {"call": _int, "kind": _one_of("update", "written", "frequency"), "value": _step},
-    Failure: {
-        "kind": _text(32), "text": _text(4096), "ranks": _many(_rank, 64), "call": _maybe(_int), "step": _step,
-    },
-    State: {
-        "log_frequency": _step, "configured": _step, "frequency_type": _unit, "last_log_step": _step,
-        "last_model_update_step": _step, "updated_since_log": _flag, "next_seq": _int, "run_dir": _text(4096),
-        "attempt": _int, "missed": _int,
-    },
-    Report: {
-        "protocol": _int, "run": _text(32), "round": _int, "rank": _rank, "world_size": _world,
-        "kind": _one_of("decision", "write", "closed"), "call": _int, "step": _step, "check_model_update": _flag,
-        "rhythm": _a(Rhythm), "events": _many(_a(Event), 65_536), "window": _a(Window), "fault": _maybe(_a(Failure)),
-        "restore": _blob(16_384),
-    },
-    Decision: {
-        "protocol": _int, "run": _text(32), "round": _int, "log_ready": _flag, "lease": _int, "state": _a(State),
-        "entry": _maybe(_a(LogEntry)), "failure": _maybe(_a(Failure)), "finished": _flag,
-        "notices": _many(_text(4096), 64),
-    },
-    Settings: {
-        "name": _text(128, 1), "log_frequency": _step, "mode": _one_of("exact", "on_change", "on_update"),
-        "frequency_type": _unit, "write": _one_of("auto", "explicit"), "max_lease": _int,
-        "timeout": lambda value: type(value) is float and value > 0, "on_failure": _one_of("raise", "detach"),
-    },
-    Hello: {"rank": _rank, "world_size": _world, "version": _text(64), "settings": _a(Settings)},
-    Note: {
-        "doing": _one_of("idle", "waiting", "failed", "left"), "round": _whole, "beat": _whole, "call": _whole,
-        "step": lambda value: value is None or _whole(value) or (type(value) is float and math.isfinite(value)),
-        "host": _text(2000), "pid": _whole, "pid_space": _text(2000), "dead": _many(_whole, 4096),
-        "text": _text(2000),
-    },
-    Verdict: {
-        "round": _whole, "kind": _one_of("timeout", "lost", "failed"), "ranks": _many(_whole, 4096),
-        "text": _text(2000),
-    },
-}  # fmt: skip
-
-
-def assert_within_bounds(message: Any) -> None:
-    """Assert that every field of a message is of its type and within its bounds."""
-    if type(message) is tuple:  # a schema
-        assert len(message) <= 65_536
-        for spec in message:
-            assert_within_bounds(spec)
-        return
-    bounds = BOUNDS[type(message)]
-    assert set(bounds) == set(message.__struct_fields__)
-    for field, rule in bounds.items():
-        value = getattr(message, field)
-        assert rule(value), f"{type(message).__name__}.{field} = {value!r:.200}"
-
 
 # -- decoders --------------------------------------------------------------------------------------------------------
 
@@ -202,7 +53,10 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "decision": decode_decision,
     "state": decode_state,
     "schema": lambda data: unpack_schema(data, 1),
+    "note": lambda data: notes._decoded(data, Note),
+    "verdict": lambda data: notes._decoded(data, Verdict),
 }
+"""A decoder for each kind of message; what it cannot read it refuses, by a ProtocolError or by None."""
 
 
 def check_decoded(kind: str, data: bytes) -> bool:
@@ -212,9 +66,11 @@ def check_decoded(kind: str, data: bytes) -> bool:
             message = DECODERS[kind](data)
         except ProtocolError as error:
             _assert_fit_for_a_log(error)
+            message = None
+        if message is None:
             return False
         assert_within_bounds(message)
-        again = encode_hello(message) if kind == "hello" else encode(message)
+        again = encode_hello(message) if kind == "hello" else MAKERS[kind][1].encode(message)
         assert repr(DECODERS[kind](again)) == repr(message)
         return True
 
@@ -243,7 +99,7 @@ def frugal(size: int) -> Iterator[None]:
     assert peak - before < 2**20 + 64 * size, f"{peak - before} bytes of memory for {size} bytes"
 
 
-def _assert_fit_for_a_log(error: LogsyncError, most: int = 1000) -> None:
+def _assert_fit_for_a_log(error: Exception, most: int = 1000) -> None:
     assert str(error).isprintable()
     assert len(str(error)) < most
 
@@ -295,13 +151,11 @@ class Twins:
         dice = self._dice
         self._step = max(0, self._step + dice.choice((0, 1, 1, 1, 2, 9, -3)))
         kind = dice.choice(("decision", "decision", "decision", "write"))
-        shared, loads = window(dice), dice.random() < 0.1
-        loaded = {"state": encode(msgspec.structs.replace(state(dice), frequency_type=self.config.frequency_type))}
-        if self.config.frequency_type != "epoch":
-            loads = loads and not any(isinstance(step, float) for step in self._whole(loaded["state"]))
+        shared, loaded = window(dice), state(dice)
+        loads = loaded.frequency_type == self.config.frequency_type and dice.random() < 0.3
         for rank in self.ranks:
             if loads:
-                rank.load_state_dict(loaded)
+                rank.load_state_dict({"state": encode(loaded)})
             if dice.random() < 0.2:
                 dice.choice((rank.model_updated, rank.log_written, rank.set_frequency))(dice.choice((None, 2, 5)))
         checked = dice.random() < 0.1
@@ -316,11 +170,6 @@ class Twins:
         for rank in self.ranks:
             with contextlib.suppress(LogsyncError):
                 rank._accept(reply)
-
-    @staticmethod
-    def _whole(data: bytes) -> tuple[Any, ...]:
-        found = decode_state(data)
-        return found.last_log_step, found.last_model_update_step
 
     def _both(self, frames: Sequence[bytes]) -> bytes:
         with telling(*frames):
@@ -386,6 +235,20 @@ def _standing(root: Coordinator) -> dict[str, Any]:
     return found
 
 
+def check_rounds(dice: Dice) -> None:
+    """Make hostile rounds among honest ones."""
+    twins = Twins(dice)
+    if dice.random() < 0.1:
+        twins.introduce(hostile=True)
+        return
+    twins.introduce()
+    for _ in range(dice.randrange(1, 5)):
+        twins.hostile()
+        if twins.over:
+            return
+        twins.honest()
+
+
 # -- ranks that hear what they should not ----------------------------------------------------------------------------
 
 
@@ -446,7 +309,7 @@ def check_state(dice: Dice) -> None:
             with frugal(len(data)):
                 rank.load_state_dict(given)
         except ValueError as error:
-            assert str(error).isprintable()
+            _assert_fit_for_a_log(error)
             assert repr(_memory(rank)) == repr(before)
             return
         assert check_decoded("state", rank.state_dict()["state"])
@@ -474,17 +337,17 @@ class _Liar(LocalTransport):
 def check_log(dice: Dice) -> None:
     """Give a whole log hostile replies: it raises errors of its own tree, and leaves when it is told to."""
     transport = _Liar(dice)
-    log = connect(dice.choice((1, 3)), sinks=[], transport=transport)
-    transport.lies = True
-    for step in range(dice.randrange(1, 6)):
-        log.record(loss=step)
-        try:
-            log.write(step) if dice.random() < 0.2 else log.log_ready(step)
-        except LogsyncError:
-            continue
-        except RuntimeError as error:  # a reply that lacks what was asked for: a known defect
-            assert "the reply to write() has no entry" in str(error), transport.sent[-1].hex()  # noqa: PT017
-        except Exception as error:
-            msg = f"{type(error).__name__}: {error}\nthe bytes: {transport.sent[-1].hex()}"
-            raise AssertionError(msg) from error
-    log.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    with contextlib.suppress(ZeroDivisionError), connect(dice.choice((1, 3)), sinks=[], transport=transport) as log:
+        transport.lies = True
+        for step in range(dice.randrange(1, 6)):
+            log.record(loss=step)
+            try:
+                log.write(step) if dice.random() < 0.2 else log.log_ready(step)
+            except LogsyncError:
+                continue
+            except RuntimeError as error:  # a reply that lacks what was asked for: a known defect
+                assert "the reply to write() has no entry" in str(error), transport.sent[-1].hex()  # noqa: PT017
+            except Exception as error:
+                msg = f"{type(error).__name__}: {error}\nthe bytes: {transport.sent[-1].hex()}"
+                raise AssertionError(msg) from error
+        raise ZeroDivisionError

@@ -60,7 +60,7 @@ _MSGPACK_ODDITIES = (
     b"\x91" * 2000 + b"\xc0",
     b"\x81\xa1x" * 2000 + b"\xc0",
 )
-_JSON_ODDITIES = (
+_JSON_ODDITIES = (  # deep nesting is among the findings
     b"9" * 5000,
     b"-" + b"9" * 30,
     b"1e999",
@@ -146,9 +146,9 @@ def _rhythm(dice: Dice) -> Rhythm:
 
 def state(dice: Dice) -> State:
     """Return where a job's logging may stand."""
-    kind = dice.choice(("epoch", "step", "batch"))
-    steps = [_step(dice, whole=kind != "epoch") for _ in range(2)]
-    return State(10, 10, kind, *steps, dice.random() < 0.5, dice.randrange(99), "runs/é", 2, dice.randrange(9))
+    kind: Any = dice.choice(("epoch", "step", "batch"))
+    logged, updated = (_step(dice, whole=kind != "epoch") for _ in range(2))
+    return State(10, 10, kind, logged, updated, dice.random() < 0.5, dice.randrange(99), "runs/é", 2, dice.randrange(9))
 
 
 def _report(dice: Dice) -> Report:
@@ -195,12 +195,13 @@ def _decision(dice: Dice) -> Decision:
 
 
 def _hello(dice: Dice) -> Hello:
-    mode, write = dice.choice(("exact", "on_change", "on_update")), dice.choice(("auto", "explicit"))
+    mode: Any = dice.choice(("exact", "on_change", "on_update"))
+    write: Any = dice.choice(("auto", "explicit"))
     return Hello(1, 3, "0.1.0", Settings("train", _step(dice), mode, "epoch", write, 60.0, _natural(dice)))
 
 
 def _note(dice: Dice) -> Note:
-    doing = dice.choice(("idle", "waiting", "failed", "left"))
+    doing: Any = dice.choice(("idle", "waiting", "failed", "left"))
     return Note(doing, _natural(dice), 5, _natural(dice), _step(dice), "node-3", 99, "pid:[1]", (2, 7), "why\x1b")
 
 
@@ -281,7 +282,8 @@ def misplaced(data: bytes, codec: Codec, pieces: Sequence[bytes] | None = None) 
             yield _as_hello(data, body) if hello else body
             if isinstance(kept, list):
                 holder[key] = [*kept, msgspec.Raw(piece)]
-                yield codec.encode(tree[0])
+                body = codec.encode(tree[0])
+                yield _as_hello(data, body) if hello else body
         holder[key] = kept
 
 
