@@ -41,6 +41,8 @@ _FLOATS = [0.0, -0.0, 0.5, -0.5, 5e-324, 1e308, math.inf, -math.inf, math.nan]
 _TEXTS = ["", "x", "update", "\0\x1b[2J\n\u2028\u202e", "é😀", *("x" * n for n in (33, 65, 129, 257, 289, 2001, 4097))]
 _SHAPES: list[Any] = [[], {}, [[]], [0] * 17, [0] * 65, [[1, 1]] * 65, [""] * 65, {"": 0}, {"x": None}, {"x": [0] * 17}]
 
+_NAMES = ("", "x" * 288, "x" * 289, "seq", "\0")
+
 HUGE = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff")
 """Arrays, maps, texts and bytes of msgpack that only claim their length."""
 
@@ -134,7 +136,8 @@ def _event(dice: Dice) -> Event:
     return Event(_natural(dice), dice.choice(("update", "written", "frequency")), _step(dice))
 
 
-def _failure(dice: Dice) -> Failure:
+def failure(dice: Dice) -> Failure:
+    """Return an agreed error, fit for no log."""
     kind = dice.choice(("bad_value", "protocol", "config_mismatch", "never heard of"))
     return Failure(kind, "what\x1b went wrong", (0, 2**20 - 1)[: dice.randrange(3)], _natural(dice), _step(dice))
 
@@ -165,7 +168,7 @@ def _report(dice: Dice) -> Report:
         _rhythm(dice),
         _some(dice, _event),
         window(dice),
-        dice.choice((None, _failure(dice))),
+        dice.choice((None, failure(dice))),
         dice.choice((b"", encode(state(dice)))),
     )
 
@@ -187,10 +190,10 @@ def _entry(dice: Dice) -> LogEntry:
 
 
 def _decision(dice: Dice) -> Decision:
-    entry, failure = dice.choice((None, _entry(dice))), dice.choice((None, None, _failure(dice)))
+    entry, refusal = dice.choice((None, _entry(dice))), dice.choice((None, None, failure(dice)))
     ready, ended = dice.random() < 0.5, dice.random() < 0.5
     return Decision(
-        PROTOCOL, "run", _natural(dice), ready, _natural(dice), state(dice), entry, failure, ended, ("a\tnotice",)
+        PROTOCOL, "run", _natural(dice), ready, _natural(dice), state(dice), entry, refusal, ended, ("a\tnotice",)
     )
 
 
@@ -271,19 +274,25 @@ def damaged(data: bytes, dice: Dice, codec: Codec = MSGPACK) -> bytes:
 
 
 def misplaced(data: bytes, codec: Codec, pieces: Sequence[bytes] | None = None) -> Iterator[bytes]:
-    """Yield `data` with every piece in every place in turn: instead of what is there, and after the last element."""
+    """Yield `data` with every piece in every place in turn: instead of what is there, and after the last element.
+
+    Where all pieces are tried, lists are also grown, and what has a name gets others.
+    """
     hello = data.startswith(b"logsync\0")
     tree = [codec.decode(data[16:].rstrip(b"\0") if hello else data)]
     for holder, key in list(_places(tree)):
         kept = holder[key]
-        for piece in codec.pieces if pieces is None else pieces:
-            holder[key] = msgspec.Raw(piece)
+        bent: list[Any] = [msgspec.Raw(piece) for piece in (codec.pieces if pieces is None else pieces)]
+        if isinstance(kept, list):
+            bent += [[*kept, piece] for piece in bent]
+        if isinstance(kept, list) and pieces is None:
+            bent += [kept * (most // len(kept) + 1) for most in (16, 64, 4096, 65_536) if kept]
+        if isinstance(kept, dict) and pieces is None:
+            bent += [{name: value} for name in _NAMES for value in list(kept.values())[:1]]
+        for instead in bent:
+            holder[key] = instead
             body = codec.encode(tree[0])
             yield _as_hello(data, body) if hello else body
-            if isinstance(kept, list):
-                holder[key] = [*kept, msgspec.Raw(piece)]
-                body = codec.encode(tree[0])
-                yield _as_hello(data, body) if hello else body
         holder[key] = kept
 
 
@@ -330,7 +339,7 @@ def _bend(tree: Any, dice: Dice, codec: Codec) -> None:
     elif deed == 4 and isinstance(holder, list):
         holder.insert(key, msgspec.Raw(dice.choice(codec.pieces)))
     elif deed == 5 and isinstance(holder, dict):
-        holder[dice.choice(("", "x" * 289, "seq", "\0"))] = holder.pop(key)
+        holder[dice.choice(_NAMES)] = holder.pop(key)
     else:
         holder[key] = msgspec.Raw(dice.choice(codec.pieces))
 
@@ -342,7 +351,9 @@ def _with_a_key_twice(value: dict[Any, Any]) -> bytes:
 
 
 def _odd_floats(values: bytes, dice: Dice) -> bytes:
-    """Return the values of a window with some that no training gives."""
+    """Return the values of a window with some that no training gives, or one more or less."""
+    if dice.random() < 0.3:
+        return dice.choice((values[:-8], values[:-16], values + bytes(8), values + bytes(16)))
     floats = list(struct.unpack(f"<{len(values) // 8}d", values))
     for index in range(len(floats)):
         if dice.random() < 0.5:
