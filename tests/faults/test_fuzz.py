@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from logsync.workers.transports import collective
 from support.fault_world import drawn
 from support.fuzzed_io import check_file, check_notes, check_reply_header, check_slots
-from support.fuzzing import DECODERS, check_decoded, check_log, check_reply, check_rounds, check_state
+from support.fuzzing import DECODERS, check_decoded, check_log, check_reply, check_rounds, check_state, check_windows
 from support.mutants import HUGE, MAKERS, MSGPACK, made, misplaced, mutated
 
 FUZZ_S = float(os.environ.get("LOGSYNC_FUZZ_S", "600"))
@@ -41,6 +41,7 @@ def check_kind(kind: str, dice: random.Random) -> None:
 
 
 WORLDS: dict[str, Fuzzer] = {
+    "windows": check_windows,
     "rounds": check_rounds,
     "replies": check_reply,
     "checkpoints": check_state,

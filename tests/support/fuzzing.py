@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from logsync.coordinator.core import Coordinator
-from logsync.coordinator.errors import LogsyncError, ProtocolError
+from logsync.coordinator.errors import LogsyncError, ProtocolError, ReductionMismatch
 from logsync.coordinator.messages import (
     Decision,
     Hello,
@@ -23,15 +23,17 @@ from logsync.coordinator.messages import (
     decode_state,
     encode,
     encode_hello,
+    failure_of,
     unpack_schema,
 )
+from logsync.coordinator.reduction import Partials
 from logsync.workers.door import connect
 from logsync.workers.transports import notes
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.notes import Note, Verdict
 from support.bounds import INT64, assert_within_bounds
 from support.lockstep import SimRank, settings
-from support.mutants import MAKERS, failure, made, mutated, state, window
+from support.mutants import MAKERS, failure, made, mutated, odd_window, state, window
 
 __all__ = [
     "DECODERS",
@@ -41,6 +43,7 @@ __all__ = [
     "check_reply",
     "check_rounds",
     "check_state",
+    "check_windows",
     "frugal",
     "telling",
 ]
@@ -106,6 +109,32 @@ def _assert_fit_for_a_log(error: Exception, most: int = 1000) -> None:
     assert len(str(error)) < most
 
 
+def check_windows(dice: Dice) -> None:
+    """Reduce hostile windows: they are refused, or make an entry within its bounds."""
+    size, alike = dice.randrange(1, 5), window(dice)
+    windows = []
+    for rank in range(size):
+        whole = alike if dice.random() < 0.9 else window(dice)
+        windows.append((rank, odd_window(dice, whole) if dice.random() < 0.5 else whole))
+    pieces = [piece for _, one in windows for piece in (one.schema, one.values)]
+    with telling(*pieces), frugal(sum(map(len, pieces))):
+        partials = Partials()
+        try:
+            partials.add_windows(windows)
+            merged = partials.reduce(size)
+        except (ProtocolError, ReductionMismatch) as error:
+            _assert_fit_for_the_wire(error, size)
+        else:
+            assert_within_bounds(LogEntry(0, 1, 1.0, 0, 1, size, *merged))
+
+
+def _assert_fit_for_the_wire(error: LogsyncError, world_size: int) -> None:
+    sent = failure_of(error)
+    assert_within_bounds(sent)
+    assert sent.text.isprintable()
+    assert set(sent.ranks) <= set(range(world_size))
+
+
 # -- a root that hears what it should not ----------------------------------------------------------------------------
 
 
@@ -158,7 +187,7 @@ class Twins:
         for rank in self.ranks:
             if loads:
                 rank.load_state_dict({"state": encode(loaded)})
-            if dice.random() < 0.2:
+            if dice.random() < 0.4:
                 dice.choice((rank.model_updated, rank.log_written, rank.set_frequency))(dice.choice((None, 2, 5)))
         checked = dice.random() < 0.1
         self._frames = [
@@ -211,8 +240,12 @@ class Twins:
     def _bent(self, frames: list[bytes]) -> list[Any]:
         dice, bent = self._dice, list(frames)
         for rank in range(len(bent)):
-            if dice.random() < 0.6:
+            whim = dice.random()
+            if whim < 0.4:
                 bent[rank] = mutated(bent[rank], dice)
+            elif whim < 0.7 and not frames[rank].startswith(b"logsync"):
+                report = decode_report(frames[rank], rank)
+                bent[rank] = encode(msgspec.structs.replace(report, window=odd_window(dice, report.window)))
         deed = dice.randrange(24)
         if deed == 0 and len(bent) > 1:
             bent.pop()

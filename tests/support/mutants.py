@@ -32,7 +32,7 @@ from logsync.coordinator.messages import (
 )
 from logsync.workers.transports.notes import Note, Verdict
 
-__all__ = ["HUGE", "JSON", "MAKERS", "MSGPACK", "Codec", "damaged", "made", "misplaced", "mutated"]
+__all__ = ["HUGE", "JSON", "MAKERS", "MSGPACK", "Codec", "damaged", "made", "misplaced", "mutated", "odd_window"]
 
 Dice = random.Random
 
@@ -294,6 +294,13 @@ def misplaced(data: bytes, codec: Codec, pieces: Sequence[bytes] | None = None) 
             body = codec.encode(tree[0])
             yield _as_hello(data, body) if hello else body
         holder[key] = kept
+
+
+def odd_window(dice: Dice, like: Window) -> Window:
+    """Return `like` with keys or values that no rank records."""
+    if dice.random() < 0.4:
+        return Window(mutated(like.schema, dice), like.values)
+    return Window(like.schema, _odd_floats(like.values, dice))
 
 
 def _as_hello(data: bytes, body: bytes) -> bytes:
