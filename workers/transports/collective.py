@@ -21,6 +21,7 @@ from logsync.coordinator.errors import (
     FrameTooLarge,
     LogsyncError,
     PeerLost,
+    ProtocolError,
     TransportError,
     printable,
 )
@@ -244,8 +245,7 @@ class _Wire:
         if self._rank == 0:
             self._decide()
         self._broadcast(self._reply_tensor, patience, patient=patient)
-        status, slot, size = _REPLY_HEAD.unpack_from(self._reply)
-        length = int.from_bytes(size, "little")
+        status, slot, length = self._reply_head()
         body = bytes(self._reply[_HEAD : _HEAD + length])
         if length > len(body):
             rest = self._rest if self._rank == 0 else bytearray(length - len(body))
@@ -254,6 +254,26 @@ class _Wire:
         if slot != self._slot:
             self._resize(slot)
         return status, body
+
+    def _reply_head(self) -> tuple[int, int, int]:
+        """Return a reply's status, the size of the next slots, and its length.
+
+        Raises:
+            ProtocolError: one of them is what no root sends. Nothing is allocated for it; the group is lost, since
+                this rank cannot know what size the others take next.
+        """
+        status, slot, size = _REPLY_HEAD.unpack_from(self._reply)
+        length = int.from_bytes(size, "little")
+        shortest = _CULPRIT.size if status == _REFUSED else 0
+        if (
+            status not in (_FITS, _AGAIN, _REFUSED)
+            or not _FIRST_SLOT <= slot <= _slot_for(self._limit)
+            or slot & (slot - 1)
+            or not shortest <= length <= MAX_FRAME
+        ):
+            msg = f"the header of the reply is corrupt: status {status}, next slot {slot}, length {length}"
+            raise ProtocolError(msg)
+        return status, slot, length
 
     def _pack(self, frame: bytes) -> None:
         if len(frame) <= self._slot - _HEAD:
