@@ -18,11 +18,12 @@ from logsync.coordinator.errors import (
     FrameTooLarge,
     LogsyncError,
     ProtocolError,
+    RoundMismatch,
     StateMismatch,
     Step,
     agreed_error,
 )
-from logsync.coordinator.frequency import FrequencyManager, log_ready
+from logsync.coordinator.frequency import FrequencyManager, checked_frequency, checked_step, log_ready
 from logsync.coordinator.lease import Cadence, due_step
 from logsync.coordinator.messages import (
     MAX_FRAME,
@@ -45,7 +46,7 @@ from logsync.coordinator.messages import (
 from logsync.coordinator.reduction import Partials
 from logsync.coordinator.rounds import check_hellos, read_hellos, read_reports, step_mismatch
 
-__all__ = ["Coordinator"]
+__all__ = ["Coordinator", "misfit"]
 
 _PATIENCE = 100
 """Rounds that wait for a model update in mode on_update before a notice says so."""
@@ -64,7 +65,7 @@ _STANDING = (
     "_unanswered",
 )
 _CALLS = ("decision", "write")  # what a rank's user called; the other kinds come from ranks that call nothing
-_Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...]]
+_Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...], dict[int, int]]
 
 
 class _Over(NamedTuple):
@@ -81,6 +82,19 @@ _GOES_ON = _Over()
 def _over(reports: list[Report]) -> _Over:
     kinds = {r.kind for r in reports}
     return _Over(kinds == {"closed"}, "ended" in kinds and kinds.isdisjoint(_CALLS), max(r.call for r in reports))
+
+
+def misfit(state: State, frequency_type: str) -> str:
+    """Return why a log that counts in `frequency_type` cannot go on from `state`; empty if it can."""
+    if state.frequency_type != frequency_type:
+        return f"the state counts in frequency type {state.frequency_type!r}, this log in {frequency_type!r}"
+    try:
+        checked_frequency(state.log_frequency, frequency_type)
+        for step in (state.last_log_step, state.last_model_update_step):
+            checked_step(step, frequency_type)
+    except (TypeError, ValueError) as error:
+        return f"the state has what no log could have: {error}"
+    return ""
 
 
 class Coordinator:
@@ -157,7 +171,7 @@ class Coordinator:
         over = _GOES_ON
         try:
             if number == 0:
-                check_hellos(read_hellos(frames), self._world_size)
+                check_hellos(read_hellos(frames, self._world_size), self._world_size)
                 decision = self._decision(number)
             else:
                 reports = read_reports(frames, self._run, number, self._world_size, self._members)
@@ -172,7 +186,10 @@ class Coordinator:
         return reply, () if decision.entry is None else (decision.entry,)
 
     def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
+        steps = self._steps
         self._return_to(moment)
+        if isinstance(error, RoundMismatch):
+            self._steps = steps  # told once, and the norm from now on
         return encode(self._decision(number, failure=failure_of(error), over=over))
 
     def _decide(self, number: int, reports: list[Report], now: float) -> Decision:
@@ -442,10 +459,9 @@ class Coordinator:
             )
             raise StateMismatch(msg, ranks=tuple(lacking) or others)
         state = decode_state(ours)
-        manager = self.frequency_manager
-        if state.frequency_type != manager.frequency_type:
-            msg = f"the state counts in {state.frequency_type}, this log in {manager.frequency_type}"
-            raise StateMismatch(msg)
+        problem = misfit(state, self.frequency_manager.frequency_type)
+        if problem:
+            raise StateMismatch(problem)
         self.load(state, counting.call - (counting.kind == "decision"))
 
     def load(self, state: State, call: int) -> None:
@@ -477,13 +493,15 @@ class Coordinator:
             {name: getattr(self, name) for name in _STANDING},
             dict(vars(self.frequency_manager)),
             self._cadence.snapshot(),
+            dict(self._steps),
         )
 
     def _return_to(self, moment: _Moment) -> None:
-        standing, manager, rhythms = moment
+        standing, manager, rhythms, steps = moment
         vars(self).update(standing)
         vars(self.frequency_manager).update(manager)
         self._cadence.restore(rhythms)
+        self._steps = steps
 
 
 def _encoded(decision: Decision) -> bytes:

@@ -18,7 +18,8 @@
     │   ├── RoundTimeout (TimeoutError)
     │   ├── PeerLost (ConnectionError)
     │   │   └── PeerFailed          a rank's own code raised, and it left the log
-    │   └── CoordinatorLost (ConnectionError)
+    │   ├── CoordinatorLost (ConnectionError)
+    │   └── UnreadableReply             this rank cannot read the outcome of a round
     ├── RoundInterrupted                this rank left a round half done (a signal, Ctrl-C)
     ├── ForkedProcess                   a forked child used its parent's log
     └── LogClosed                       a call after close()
@@ -54,6 +55,7 @@ __all__ = [
     "RoundTimeout",
     "StateMismatch",
     "TransportError",
+    "UnreadableReply",
     "agreed_error",
     "kind_of",
     "printable",
@@ -163,6 +165,10 @@ class PeerFailed(PeerLost):
 
 class CoordinatorLost(TransportError, ConnectionError):
     """The coordinator's process, rank 0, ended or left the group."""
+
+
+class UnreadableReply(TransportError):
+    """What came as the coordinator's reply is none, or is one of another round: this rank does not know its outcome."""
 
 
 class RoundInterrupted(LogsyncError):

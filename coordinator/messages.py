@@ -23,6 +23,7 @@ __all__ = [
     "MAX_NAME",
     "MAX_PATH",
     "PROTOCOL",
+    "RESERVED",
     "Decision",
     "Event",
     "Failure",
@@ -69,9 +70,13 @@ _MAX_EVENTS = 65_536
 _MAX_RANKS = 2**20
 _MAX_TEXT = 4096
 
+RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ranks", "nonfinite", "nan_ranks"})
+"""Names that no metric may have: flat destinations write them beside the metrics."""
+
 # `int | float` decodes either; the bound on ints keeps what follows inside int64.
 _Int = Annotated[int, Meta(ge=-INT64_MAX, le=INT64_MAX)]
 _Natural = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+_Count = Annotated[int, Meta(ge=0, le=2**62)]  # what is counted on from: never at the end of int64
 _Rank = Annotated[int, Meta(ge=0, lt=_MAX_RANKS)]
 _FewRanks = Annotated[tuple[_Rank, ...], Meta(max_length=16)]
 _Number = Annotated[int, Meta(ge=0, le=INT64_MAX)] | Annotated[float, Meta(ge=0, le=1.7976931348623157e308)]
@@ -200,10 +205,10 @@ class State(msgspec.Struct, frozen=True, array_like=True):
     last_log_step: _MaybeStep
     last_model_update_step: _MaybeStep
     updated_since_log: bool
-    next_seq: _Natural
+    next_seq: _Count
     run_dir: _Path
-    attempt: _Natural
-    missed: _Natural = 0
+    attempt: _Count
+    missed: _Count = 0
     run_id: _RunId = ""
     entry: LogEntry | None = None
 
@@ -243,8 +248,8 @@ class NewEpoch(msgspec.Struct, frozen=True, array_like=True):
         missed: how many of its calls are in no entry yet; as in `State`.
     """
 
-    call: _Natural
-    missed: _Natural
+    call: _Count
+    missed: _Count
 
 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
@@ -360,6 +365,10 @@ def decode_state(data: bytes) -> State:
 def unpack_schema(data: bytes, rank: int) -> tuple[KeySpec, ...]:
     """Return the keys of a window that came from `rank`; raise `ProtocolError` if the bytes are not a schema."""
     schema: tuple[KeySpec, ...] = _decoded(_schema, data, rank) if data else ()
+    taken = next((spec.name for spec in schema if spec.name in RESERVED), None)
+    if taken is not None:
+        msg = f"rank {rank} sent a metric {taken!r}, which the log's files use themselves"
+        raise ProtocolError(msg, ranks=(rank,))
     return schema
 
 

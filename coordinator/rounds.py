@@ -51,8 +51,11 @@ class Round:
         return [frame for frame in self._frames if frame is not None]
 
 
-def read_hellos(frames: Sequence[bytes | bytearray | memoryview]) -> list[Hello]:
-    """Return the hello of every rank; raise `ProtocolError` for one that cannot be read or is out of place."""
+def read_hellos(frames: Sequence[bytes | bytearray | memoryview], world_size: int) -> list[Hello]:
+    """Return the hello of every rank; raise `ProtocolError` for one that cannot be read, is out of place or missing."""
+    if len(frames) != world_size:
+        msg = f"round 0 has {len(frames)} frames for {world_size} ranks"
+        raise ProtocolError(msg, round=0)
     hellos = [decode_hello(frame, rank) for rank, frame in enumerate(frames)]
     for rank, hello in enumerate(hellos):
         if hello.rank != rank:

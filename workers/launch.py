@@ -69,7 +69,7 @@ _START = {"torchrun": "torchrun", "Open MPI": "mpirun", "Slurm": "srun"}
 def restart_count(environ: Mapping[str, str] = os.environ) -> int:
     """Return how often the launcher has restarted the job; 0 if it does not say."""
     text = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(text) if text.isascii() and text.isdigit() else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0  # noqa: PLR2004 - no job restarts so often
 
 
 def choose_transport(

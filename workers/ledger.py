@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from logsync.coordinator.errors import BadType, BadValue, ProtocolError, Step
+from logsync.coordinator.core import misfit
+from logsync.coordinator.errors import BadType, BadValue, ProtocolError, Step, UnreadableReply
 from logsync.coordinator.frequency import LogStepType, checked_frequency, checked_step
 from logsync.coordinator.messages import (
     INT64_MAX,
@@ -269,15 +270,18 @@ class Ledger:
 
         Raises:
             LogsyncError: the agreed error that came instead; what this rank has recorded and said is kept.
-            ProtocolError: the reply is not one for this round.
+            UnreadableReply: this is no reply, or not one for this round; what the others were told is not known here.
         """
-        decision = decode_decision(reply)
+        try:
+            decision = decode_decision(reply)
+        except ProtocolError as error:
+            raise UnreadableReply(str(error), round=self._round) from error
         number, self._round = self._round, self._round + 1
         sent, self._sent_events = self._sent_events, 0
         self._fault = None
         if decision.round != number or decision.protocol != PROTOCOL or (self._run and decision.run != self._run):
             msg = f"the reply is for round {decision.round} of run {decision.run!r}, not {number} of {self._run!r}"
-            raise ProtocolError(msg, round=number)
+            raise UnreadableReply(msg, round=number)
         self._finished = decision.finished
         self._active = decision.active
         self._epoch_over = decision.new_epoch is not None
@@ -287,7 +291,7 @@ class Ledger:
             raise error_of(decision.failure, number)
         if decision.lease >= len(self._steps):
             msg = f"the reply grants a lease of {decision.lease} calls, {len(self._steps) - 1} are the most"
-            raise ProtocolError(msg, round=number)
+            raise UnreadableReply(msg, round=number)
         self._run = decision.run
         self._state = decision.state
         del self._events[:sent]
@@ -380,9 +384,8 @@ class Ledger:
         except ProtocolError as error:
             msg = f"this is not a state of logsync: {error}"
             raise ValueError(msg) from error
-        if state.frequency_type != self._frequency_type:
-            msg = f"the state counts in frequency type {state.frequency_type!r}, this log in {self._frequency_type!r}"
-            raise ValueError(msg)
+        if problem := misfit(state, self._frequency_type):
+            raise ValueError(problem)
         self._calls = self.calls
         self._lease = self._left = 0
         self._entry_call = self._calls - state.missed

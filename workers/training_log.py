@@ -21,6 +21,7 @@ from logsync.coordinator.errors import (
     LogsyncError,
     RoundInterrupted,
     TransportError,
+    UnreadableReply,
     printable,
 )
 from logsync.coordinator.frequency import FrequencyType, LogStepType
@@ -239,7 +240,8 @@ class TrainingLog(Ledger):
         entry = self._make_round("write", step).entry
         if entry is None:
             msg = "the reply to write() has no entry"
-            raise RuntimeError(msg)
+            self._unusable = UnreadableReply(msg, round=self._round - 1)
+            raise copy.copy(self._unusable)
         return entry
 
     def annotate(self, values: Mapping[str, Any]) -> None:
@@ -297,6 +299,8 @@ class TrainingLog(Ledger):
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
         except LogsyncError as error:
+            if isinstance(error, UnreadableReply):
+                self._unusable = error
             if self._host is not None and isinstance(error, TransportError):
                 self._doubtful = (seq, taken)  # the root may have decided before the reply was lost
             else:
@@ -356,12 +360,14 @@ class TrainingLog(Ledger):
             reply = self._exchange(frame, patient=True)
             with self._lock:
                 decision = self._accept(reply, ended=True)
+        except UnreadableReply as error:
+            self._unusable = error
+            raise
         except AgreedError as error:
             if self._epoch_over:
                 raise
-            if isinstance(error, FrameTooLarge) and self._rank in error.ranks:
+            if self._is_too_large(error):
                 self._left_open = Taken.nothing()
-                self._say_that_the_window_is_dropped(error)
             # Otherwise it is a mistake of those that made a call here: they have the error.
             return False
         if decision.entry is not None:
@@ -406,8 +412,12 @@ class TrainingLog(Ledger):
                 f"{ranks_text(self._active)} and maybe others" if self._active else "others to end theirs",
             )
 
-    def _say_that_the_window_is_dropped(self, error: FrameTooLarge) -> None:
+    def _is_too_large(self, error: AgreedError) -> bool:
+        """Say whether no round can take this rank's window: then the others would wait for this rank for ever."""
+        if not isinstance(error, FrameTooLarge) or self._rank not in error.ranks:
+            return False
         _logger.error("the last window of rank %d is dropped: %s", self._rank, error)
+        return True
 
     def _exchange(self, frame: bytes, *, patient: bool) -> bytes:
         started = time.perf_counter()
@@ -487,7 +497,8 @@ class TrainingLog(Ledger):
         else:
             # A rank that goes because another one was lost is no reason for the rest.
             first_line = str(error).strip().split("\n")[0]
-            self._leave(None if isinstance(error, TransportError) else f"{kind.__name__}: {first_line}")
+            lost = isinstance(error, TransportError) and not isinstance(error, UnreadableReply)
+            self._leave(None if lost else f"{kind.__name__}: {first_line}")
 
     def close(self) -> None:
         """End the log: wait until every rank has closed, write what is recorded, flush the sinks.
@@ -518,9 +529,7 @@ class TrainingLog(Ledger):
                     if refused is not None:
                         raise
                     refused = error
-                elif isinstance(error, FrameTooLarge) and self._rank in error.ranks:
-                    # No round can take it, so the others would wait for this rank for ever.
-                    self._say_that_the_window_is_dropped(error)
+                elif self._is_too_large(error):
                     self._window.clear()
             else:
                 if self._finished:

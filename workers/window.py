@@ -10,9 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
-from logsync.coordinator.messages import MAX_NAME, KeySpec, Reduction, Window, encode, pack_values
+from logsync.coordinator.messages import MAX_NAME, RESERVED, KeySpec, Reduction, Window, encode, pack_values
 from logsync.coordinator.reduction import SPREAD
-from logsync.coordinator.sinks.base import RESERVED
 from logsync.workers.values import (
     Bank,
     is_device_value,

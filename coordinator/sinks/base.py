@@ -16,12 +16,9 @@ import msgspec
 from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import LogEntry
 
-__all__ = ["RESERVED", "RunInfo", "Sink", "SinkSet", "SinkSpec", "make_sink"]
+__all__ = ["RunInfo", "Sink", "SinkSet", "SinkSpec", "make_sink"]
 
 _logger = logging.getLogger(__name__)
-
-RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ranks", "nonfinite", "nan_ranks"})
-"""Names that no metric may have: flat destinations write them beside the metrics."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from logsync.coordinator.messages import (
     Hello,
     KeySpec,
     LogEntry,
+    NewEpoch,
     Reduction,
     Report,
     Rhythm,
@@ -31,6 +32,10 @@ INT64 = 2**63 - 1
 
 def _int(value: object, least: int = 0, most: int = INT64) -> bool:
     return type(value) is int and least <= value <= most
+
+
+def _count(value: object) -> bool:
+    return _int(value, 0, 2**62)
 
 
 def _rank(value: object) -> bool:
@@ -115,19 +120,21 @@ BOUNDS: dict[type, dict[str, Rule]] = {
     },
     State: {
         "log_frequency": _step, "configured": _step, "frequency_type": _unit, "last_log_step": _step,
-        "last_model_update_step": _step, "updated_since_log": _flag, "next_seq": _int, "run_dir": _text(4096),
-        "attempt": _int, "missed": _int,
+        "last_model_update_step": _step, "updated_since_log": _flag, "next_seq": _count, "run_dir": _text(4096),
+        "attempt": _count, "missed": _count, "run_id": _text(32), "entry": _maybe(_a(LogEntry)),
     },
+    NewEpoch: {"call": _count, "missed": _count},
     Report: {
         "protocol": _int, "run": _text(32), "round": _int, "rank": _rank, "world_size": _world,
-        "kind": _one_of("decision", "write", "closed"), "call": _int, "step": _step, "check_model_update": _flag,
-        "rhythm": _a(Rhythm), "events": _many(_a(Event), 65_536), "window": _a(Window), "fault": _maybe(_a(Failure)),
+        "kind": _one_of("decision", "write", "ended", "closed"), "call": _int, "step": _step,
+        "check_model_update": _flag, "rhythm": _a(Rhythm), "events": _many(_a(Event), 65_536),
+        "window": _a(Window), "fault": _maybe(_a(Failure)),
         "restore": _blob(16_384),
     },
     Decision: {
         "protocol": _int, "run": _text(32), "round": _int, "log_ready": _flag, "lease": _int, "state": _a(State),
         "entry": _maybe(_a(LogEntry)), "failure": _maybe(_a(Failure)), "finished": _flag,
-        "notices": _many(_text(4096), 64),
+        "notices": _many(_text(4096), 64), "new_epoch": _maybe(_a(NewEpoch)), "active": _many(_rank, 16),
     },
     Settings: {
         "name": _text(128, 1), "log_frequency": _step, "mode": _one_of("exact", "on_change", "on_update"),

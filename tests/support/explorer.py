@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from logsync.coordinator.core import Coordinator
-from logsync.coordinator.errors import AgreedError
+from logsync.coordinator.errors import AgreedError, UnreadableReply
 from logsync.coordinator.messages import (
     Hello,
     KeySpec,
@@ -259,7 +259,7 @@ class Model:
         refusal, seq, ready = None, None, False
         try:
             decision = ledger._accept(reply)
-        except AgreedError as error:
+        except (AgreedError, UnreadableReply) as error:
             refusal = (type(error).__name__, str(error))
         else:
             seq, ready = decision.entry and decision.entry.seq, decision.log_ready

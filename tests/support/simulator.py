@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from logsync.coordinator.core import Coordinator
-from logsync.coordinator.errors import AgreedError
+from logsync.coordinator.errors import AgreedError, UnreadableReply
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import (
     Decision,
@@ -302,11 +302,11 @@ class Member(SimRank):
         self.seq_before = self.host.coordinator.next_seq if self.host is not None else 0
         return self._frame(kind, step, check_model_update=check, window=self.taken.message)
 
-    def hear(self, reply: bytes) -> Decision | AgreedError:
+    def hear(self, reply: bytes) -> Decision | AgreedError | UnreadableReply:
         """Take in a reply."""
         try:
             decision = self._accept(reply)
-        except AgreedError as error:
+        except (AgreedError, UnreadableReply) as error:
             self.refuse()
             return error
         if decision.entry is None:
@@ -677,7 +677,7 @@ class _Job:
             answer = outcome.log_ready if isinstance(outcome, Decision) else type(outcome)
             self._answered(world, member, answer=answer)
         if member.phase == "hello":
-            if isinstance(outcome, AgreedError):
+            if isinstance(outcome, (AgreedError, UnreadableReply)):
                 _breaks("connect", str(outcome))
             member.phase = "running"
             if world.origin is not None:
@@ -689,7 +689,7 @@ class _Job:
             member.pc += 1
             self._go_on(world, member)
 
-    def _absent_heard(self, world: _World, member: Member, outcome: Decision | AgreedError) -> None:
+    def _absent_heard(self, world: _World, member: Member, outcome: Decision | AgreedError | UnreadableReply) -> None:
         """Go on as `TrainingLog.close` does."""
         if member._finished:
             if isinstance(outcome, Decision) or member.refused:
@@ -771,8 +771,10 @@ class _Job:
             text = f"call {call} of life {world.number} is answered {first} on rank {rank}, {answer} on {member.rank}"
             _breaks("agreement", text)
 
-    def _check_outcome(self, world: _World, member: Member, number: int, outcome: Decision | AgreedError) -> None:
-        seen: object = (type(outcome), str(outcome)) if isinstance(outcome, AgreedError) else outcome
+    def _check_outcome(
+        self, world: _World, member: Member, number: int, outcome: Decision | AgreedError | UnreadableReply
+    ) -> None:
+        seen: object = (type(outcome), str(outcome)) if isinstance(outcome, (AgreedError, UnreadableReply)) else outcome
         if world.outcomes.setdefault(number, seen) != seen:
             _breaks("agreement", f"rank {member.rank} of life {world.number} has another outcome of round {number}")
         entry = member.last_entry.seq if member.last_entry is not None else -1

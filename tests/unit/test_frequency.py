@@ -247,7 +247,7 @@ STATELESS: dict[str, Callable[[Any], object]] = {
     "last_update": lambda v: log_ready(5, 5, 10, v),
 }
 YES = True
-NO_NUMBER = [YES, not YES, "3", b"3", 3j, [3], {}, object(), np.bool_(YES), torch.tensor(YES), np.array([3]),
+NO_NUMBER = [YES, not YES, "3", b"3", 3j, [3], {}, ..., np.bool_(YES), torch.tensor(YES), np.array([3]),
              torch.tensor([3]), np.str_("3"), np.array(None), torch.tensor(3j), np.datetime64(3, "s")]  # fmt: skip
 NOT_FINITE = [math.nan, math.inf, -math.inf, np.float32("nan"), torch.tensor(math.inf)]
 

@@ -22,8 +22,8 @@ from logsync.coordinator.errors import (
     BadType,
     BadValue,
     LogsyncError,
-    ProtocolError,
     RoundMismatch,
+    UnreadableReply,
 )
 from logsync.coordinator.messages import (
     INT64_MAX,
@@ -482,7 +482,7 @@ def test_a_reply_from_elsewhere_is_refused(changes: dict[str, Any], said: str) -
     sent(rank)
     before = rank.state
 
-    with pytest.raises(ProtocolError, match=said):
+    with pytest.raises(UnreadableReply, match=said):
         rank._accept(reply_to(rank, **changes))
     assert rank.state == before
     assert not rank.leased(1)
@@ -492,7 +492,7 @@ def test_a_reply_that_cannot_be_read_is_refused() -> None:
     rank = leased()
     sent(rank)
 
-    with pytest.raises(ProtocolError):
+    with pytest.raises(UnreadableReply):
         rank._accept(b"\xc1")
 
 

@@ -27,6 +27,7 @@ from logsync.coordinator.messages import (
     Hello,
     KeySpec,
     LogEntry,
+    NewEpoch,
     Reduction,
     Report,
     Rhythm,
@@ -60,9 +61,7 @@ rhythms = st.builds(Rhythm, steps, st.none() | naturals, naturals, steps, falls)
 events = st.builds(Event, naturals, st.sampled_from(["update", "written", "frequency"]), steps)
 few_ranks = st.lists(ranks, max_size=16).map(tuple)
 failures = st.builds(Failure, st.text(max_size=32), st.text(max_size=99), few_ranks, st.none() | naturals, steps)
-states = st.builds(
-    State, steps, steps, types, steps, steps, st.booleans(), naturals, st.text(max_size=99), naturals, naturals
-)
+counts = st.integers(0, 2**62)
 entries = st.builds(
     LogEntry,
     naturals,
@@ -76,6 +75,21 @@ entries = st.builds(
     st.dictionaries(names, few_ranks, max_size=3),
     st.booleans(),
 )
+states = st.builds(
+    State,
+    steps,
+    steps,
+    types,
+    steps,
+    steps,
+    st.booleans(),
+    counts,
+    st.text(max_size=99),
+    counts,
+    counts,
+    st.text(max_size=32),
+    st.none() | entries,
+)
 reports = st.builds(
     Report,
     naturals,
@@ -83,7 +97,7 @@ reports = st.builds(
     naturals,
     ranks,
     worlds,
-    st.sampled_from(["decision", "write", "closed"]),
+    st.sampled_from(["decision", "write", "ended", "closed"]),
     naturals,
     steps,
     st.booleans(),
@@ -105,6 +119,8 @@ decisions = st.builds(
     st.none() | failures,
     st.booleans(),
     st.lists(st.text(max_size=99), max_size=3).map(tuple),
+    st.none() | st.builds(NewEpoch, counts, counts),
+    few_ranks,
 )
 settings = st.builds(
     Settings,

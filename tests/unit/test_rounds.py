@@ -71,14 +71,14 @@ def hellos(world_size: int, config: Settings | None = None) -> list[Hello]:
 
 
 def test_equal_hellos_pass() -> None:
-    check_hellos(read_hellos([encode_hello(hello) for hello in hellos(3)]), 3)
+    check_hellos(read_hellos([encode_hello(hello) for hello in hellos(3)], 3), 3)
 
 
 def test_a_rank_that_introduces_itself_as_another_is_named() -> None:
     swapped = [encode_hello(hello) for hello in reversed(hellos(2))]
 
     with pytest.raises(ProtocolError, match="rank 0 introduced itself as rank 1") as refused:
-        read_hellos(swapped)
+        read_hellos(swapped, 2)
     assert refused.value.ranks == (0,)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from logsync.coordinator.messages import LogEntry
-from logsync.coordinator.sinks.base import RESERVED, RunInfo, Sink, SinkSet, make_sink
+from logsync.coordinator.messages import RESERVED, LogEntry
+from logsync.coordinator.sinks.base import RunInfo, Sink, SinkSet, make_sink
 from logsync.coordinator.sinks.jsonl import JsonlSink
 
 RUN = RunInfo(run_dir=Path("unused"), name="train", attempt=0, world_size=2, next_seq=0, resumed=False)

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logsync.coordinator.messages import LogEntry
-from logsync.coordinator.sinks.base import RESERVED, RunInfo, SinkSet
+from logsync.coordinator.messages import RESERVED, LogEntry
+from logsync.coordinator.sinks.base import RunInfo, SinkSet
 from logsync.coordinator.sinks.jsonl import JsonlSink
 
 names = st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable() and name not in RESERVED)

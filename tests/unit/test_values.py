@@ -69,8 +69,8 @@ def test_nan_is_a_number() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [True, False, np.bool_(1), None, "1", b"1", 1j, np.complex64(1), np.str_("1"), [1.0], {"x": 1}, object(),
-     np.array([True]), np.array("1"), np.array(None), np.array([1j]), np.datetime64(1, "s"), lambda: 1.0],
+    [True, False, np.bool_(1), None, "1", b"1", 1j, np.complex64(1), np.str_("1"), [1.0], {"x": 1}, ...,
+     np.array([True]), np.array("1"), np.array(None), np.array([1j]), np.datetime64(1, "s"), len],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_number_is_a_type_error_that_names_the_metric_and_the_type(value: object) -> None:

@@ -20,9 +20,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from logsync.coordinator.messages import MAX_NAME, Reduction, Window, unpack_schema, unpack_values
+from logsync.coordinator.messages import MAX_NAME, RESERVED, Reduction, Window, unpack_schema, unpack_values
 from logsync.coordinator.reduction import Partials
-from logsync.coordinator.sinks.base import RESERVED
 from logsync.workers.window import OpenWindow, checked_name
 
 REDUCTIONS = get_args(Reduction)
