@@ -285,6 +285,15 @@ class TrainingLog(Ledger):
         if self._host is not None:
             self._host.release()
 
+    def _begin_in_any_case(self) -> AgreedError | None:
+        """Begin what must be done although an epoch's end was refused, or others wait for it; return the refusal."""
+        try:
+            self._begin()
+        except AgreedError as error:
+            self._begin()
+            return error
+        return None
+
     def _make_round(
         self,
         kind: Literal["decision", "write", "closed"],
@@ -343,13 +352,16 @@ class TrainingLog(Ledger):
 
         Raises:
             TransportError: a rank was lost before, or in an earlier epoch's end that had not been waited for.
+            AgreedError: what the ranks said at that earlier end does not fit together. This one is said all the same.
         """
-        self._begin()
+        refused = self._begin_in_any_case()
         self._settle()
         self._left_open = self._window.take()
         self._doubtful = (self._next_seq(), self._left_open)
         self._absence = Absence(self._answer_absent)
         self._absence.start()
+        if refused is not None:
+            raise refused
 
     def _answer_absent(self) -> bool:
         """Answer one round of the others, on the absence's thread; say whether the epoch is over."""
@@ -508,12 +520,15 @@ class TrainingLog(Ledger):
         Raises:
             TransportError: a rank was lost meanwhile. What this process could write is written.
             ReductionMismatch: the last windows cannot be merged.
+            AgreedError: what the ranks said at the end of an epoch does not fit together. Everything is written.
         """
         if self not in _open_logs:
             return
         try:
-            self._begin()
+            refused_before = self._begin_in_any_case()
             self._answer_until_finished()
+            if refused_before is not None:
+                raise refused_before
         finally:
             self._leave()
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from logsync.coordinator.errors import AgreedError, BadValue, PeerFailed, RoundTimeout
+from logsync.coordinator.errors import AgreedError, BadType, BadValue, PeerFailed, RoundTimeout
 from logsync.coordinator.frequency import FrequencyManager
 from logsync.coordinator.messages import LogEntry
 from logsync.workers import TrainingLog, connect
@@ -305,6 +305,50 @@ def test_what_does_not_fit_together_at_the_end_of_an_epoch_is_raised_on_all_at_t
 
     # The first call is a round, the second and third are not: their steps are looked at at the end of the epoch.
     assert job.play(train) == [["BadType", "nothing"]] * 2
+
+
+def end_an_epoch_that_is_refused(log: TrainingLog) -> None:
+    log.record({"seen": 1.0}, reduce="sum", per_rank=True)
+    log.log_ready(0)
+    log.record({"seen": 1.0}, reduce="sum", per_rank=True)
+    if log.rank == 1:
+        log.log_ready(1)
+        log.log_ready("two")  # type: ignore[arg-type]  # under a lease: it is looked at when all have ended
+    log.end_epoch()
+
+
+@pytest.mark.parametrize("closing", [1, 2])
+def test_a_refused_end_of_an_epoch_does_not_keep_ranks_from_closing(closing: int) -> None:
+    job = Job(2, 50)
+
+    def train(log: TrainingLog) -> list[str]:
+        end_an_epoch_that_is_refused(log)
+        return [] if log.rank < closing else [said_by(log, step) for step in (10, 11, 12)]
+
+    results: list[object] = [*job.play(train)]
+
+    assert all(isinstance(result, BadType) for result in results[:closing])
+    assert results[closing:] == [["BadType", "nothing", "nothing"]] * (2 - closing)
+    assert [entry.metrics for entry in job.entries] == [{"seen": 2, "seen/rank0": 1, "seen/rank1": 1}] * 2
+    assert not any(entry.partial for entry in job.entries)
+
+
+def test_an_end_of_an_epoch_that_raises_what_an_earlier_end_refused_counts_as_an_end() -> None:
+    job = Job(2, 3)
+
+    def train(log: TrainingLog) -> list[str]:
+        end_an_epoch_that_is_refused(log)
+        said = [said_by(log, step) for step in range(10, 13)] if log.rank == 0 else []
+        try:
+            log.end_epoch()
+        except BadType:
+            said.append("an end")
+        log.record(epoch=2.0)
+        return [*said, *(said_by(log, step) for step in (20, 21))]
+
+    assert job.play(train) == [["BadType", *["nothing"] * 4], ["an end", "nothing", "nothing"]]
+    assert [entry.step for entry in job.entries] == [0, 11, 20]
+    assert ["epoch" in entry.metrics for entry in job.entries] == [False, False, True]
 
 
 def test_a_rank_that_raises_while_another_is_absent_fails_that_one_at_its_next_call() -> None:
