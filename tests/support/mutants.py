@@ -311,10 +311,10 @@ def misplaced(data: bytes, codec: Codec, pieces: Sequence[bytes] | None = None) 
 def odd_window(dice: Dice, like: Window) -> Window:
     """Return `like` with keys or values that no rank records."""
     whim = dice.random()
-    if whim < 0.2:
+    if whim < 0.1:
         specs = MSGPACK.decode(like.schema)
         return Window(encode(specs + specs[:1]), like.values + like.values[:16])
-    if whim < 0.5:
+    if whim < 0.2:
         return Window(mutated(like.schema, dice), like.values)
     return Window(like.schema, _odd_floats(like.values, dice))
 
@@ -391,10 +391,10 @@ def _with_a_key_twice(value: dict[Any, Any]) -> bytes:
 
 def _odd_floats(values: bytes, dice: Dice) -> bytes:
     """Return the values of a window with some that no training gives, or one more or less."""
-    if dice.random() < 0.3:
+    if dice.random() < 0.1:
         return dice.choice((values[:-8], values[:-16], values + bytes(8), values + bytes(16)))
     floats = list(struct.unpack(f"<{len(values) // 8}d", values))
     for index in range(len(floats)):
         if dice.random() < 0.5:
-            floats[index] = dice.choice((*_FLOATS, -1e308, 1.7e308))
+            floats[index] = dice.choice((*_FLOATS, *_FLOATS[:2] * 2, -1.7e308, 1.7e308))
     return struct.pack(f"<{len(floats)}d", *floats)
