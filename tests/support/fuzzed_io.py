@@ -1,7 +1,8 @@
-"""What must hold for bytes from the group's other ranks, from the job's store, and from the log's file."""
+"""What must hold for bytes from the wire, from the job's store, from the log's file, and in a log's replies."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -13,18 +14,20 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from logsync.coordinator.errors import FrameTooLarge
+from logsync.coordinator.errors import FrameTooLarge, LogsyncError
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.jsonl import JsonlSink
+from logsync.workers.door import connect
 from logsync.workers.transports import collective
+from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.notes import Note, Notes, dead_neighbours
 from logsync.workers.transports.postmortem import error_of_verdict, judge
 from support.bounds import assert_within_bounds
 from support.fuzzing import frugal, telling
 from support.mutants import JSON, damaged, made, mutated
 
-__all__ = ["check_file", "check_notes", "check_reply_header", "check_slots"]
+__all__ = ["check_file", "check_log", "check_notes", "check_reply_header", "check_slots"]
 
 Dice = random.Random
 
@@ -45,11 +48,12 @@ class _Group:
 
     def __init__(self) -> None:
         self.slots: list[list[bytes]] = []
+        self.gathered: list[bytes] = []
         self.replies: list[bytes] = []
 
     def gather(self, outputs: list[list[Any]], inputs: list[Any], _: object) -> _Done:
         if outputs:
-            others = self.slots.pop(0)
+            others = self.gathered = self.slots.pop(0)
             outputs[0][0].copy_(inputs[0])
             for tensor, data in zip(outputs[0][1:], others, strict=True):
                 _fill(tensor, data)
@@ -107,7 +111,8 @@ def check_slots(dice: Dice) -> None:
             assert outcome == b"decided", outcome
             assert len(heard) == 1
             assert heard[0][0] == b"mine"
-            assert all(len(frame) <= LIMIT for frame in heard[0])
+            claimed = [int.from_bytes(slot[:8], "little") for slot in group.gathered]
+            assert [len(frame) for frame in heard[0][1:]] == claimed
         assert wire._slot <= LARGEST_SLOT
         heard.clear()
         group.slots = [honest] * 2
@@ -120,9 +125,12 @@ def check_reply_header(dice: Dice) -> None:
     group = _Group()
     wire = _wire_of(group, 1, 3)
     wire._limit = LIMIT
-    status = dice.choice((0, 0, 0, 1, 2, 3, 7, 2**31, 2**32 - 1))
-    slot = dice.choice((1024, 1024, 2048, LARGEST_SLOT, 0, 1, 16, 512, 1023, 1500, 2**18, 2**31, 2**32 - 1))
-    length = dice.choice(LENGTHS)
+    status, slot, length = dice.choice((0, 1, 2)), 1024, 500
+    for _ in range(dice.choice((1, 1, 2))):
+        field = dice.randrange(3)
+        status = dice.choice((3, 7, 2**31, 2**32 - 1)) if field == 0 else status
+        slot = dice.choice((2048, LARGEST_SLOT, 0, 1, 512, 1500, 2**18, 2**31, 2**32 - 1)) if field == 1 else slot
+        length = dice.choice(LENGTHS) if field == 2 else length
     head = struct.pack("<II8s", status, slot, length.to_bytes(8, "little"))
     text = dice.choice((b"\1\0\0\0too large\xff", dice.randbytes(30)))
     after = struct.pack("<II8s", 0, 1024, (4).to_bytes(8, "little")) + b"next"
@@ -202,7 +210,12 @@ def check_file(dice: Dice, folder: Path) -> None:
     """Resume over a hostile file: it is cut to a beginning of itself that can be continued, and loses nothing whole."""
     lines = _lines(dice, folder)
     whole = b"".join(lines)
-    if dice.random() < 0.5:
+    whim, at = dice.random(), dice.randrange(len(whole))
+    if whim < 0.1:
+        hostile = whole[: dice.choice((at, -1))]
+    elif whim < 0.3:
+        hostile = whole[:at] + b"\xff" + whole[at + 1 :]
+    elif whim < 0.6:
         hostile = damaged(whole, dice, JSON)
     else:
         bent = [mutated(line[:-1], dice, JSON) + b"\n" if dice.random() < 0.4 else line for line in lines]
@@ -216,6 +229,8 @@ def check_file(dice: Dice, folder: Path) -> None:
         assert hostile.startswith(kept) or (kept.endswith(b"\n") and hostile == kept[:-1])
         assert kept == b"" or kept.endswith(b"\n")
         assert all(seq is None or seq < next_seq for seq in map(_seq_of, kept.split(b"\n")))
+        if len(kept) >= len(hostile) > 0:
+            assert _parsed(kept.split(b"\n")[-2]) is not _TORN, "a torn last line is kept"
         for number, line in enumerate(lines[:next_seq]):
             if not hostile.startswith(b"".join(lines[: number + 1])):
                 break
@@ -226,11 +241,56 @@ def check_file(dice: Dice, folder: Path) -> None:
     path.unlink()
 
 
+_TORN = object()
+
+
+def _parsed(line: bytes) -> Any:
+    """Return what a line says."""
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _TORN
+
+
 def _seq_of(line: bytes) -> int | None:
     """Return the `seq` of an entry, None of any other line."""
-    try:
-        found = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+    found = _parsed(line)
     seq = found.get("seq") if isinstance(found, dict) else None
     return seq if type(seq) is int else None
+
+
+# -- a log ----------------------------------------------------------------------------------------------------------
+
+
+class _Liar(LocalTransport):
+    """A transport that bends replies."""
+
+    def __init__(self, dice: Dice) -> None:
+        super().__init__()
+        self._dice = dice
+        self.sent: list[bytes] = []
+        self.lies = False
+
+    def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+        reply = super().exchange(frame, patient=patient)
+        if self.lies and self._dice.random() < 0.6:
+            reply = mutated(reply, self._dice)
+        self.sent.append(reply)
+        return reply
+
+
+def check_log(dice: Dice) -> None:
+    """Give a whole log hostile replies: it raises errors of its own tree, and leaves when it is told to."""
+    transport = _Liar(dice)
+    with contextlib.suppress(ZeroDivisionError), connect(dice.choice((1, 3)), sinks=[], transport=transport) as log:
+        transport.lies = True
+        for step in range(dice.randrange(1, 6)):
+            log.record(loss=step)
+            try:
+                log.write(step) if dice.random() < 0.2 else log.log_ready(step)
+            except LogsyncError:
+                continue
+            except Exception as error:
+                msg = f"{type(error).__name__}: {error}\nthe bytes: {transport.sent[-1].hex()}"
+                raise AssertionError(msg) from error
+        raise ZeroDivisionError

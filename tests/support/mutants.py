@@ -32,7 +32,19 @@ from logsync.coordinator.messages import (
 )
 from logsync.workers.transports.notes import Note, Verdict
 
-__all__ = ["HUGE", "JSON", "MAKERS", "MSGPACK", "Codec", "damaged", "made", "misplaced", "mutated", "odd_window"]
+__all__ = [
+    "HUGE",
+    "JSON",
+    "MAKERS",
+    "MSGPACK",
+    "damaged",
+    "made",
+    "misplaced",
+    "mutated",
+    "odd_decision",
+    "odd_report",
+    "odd_window",
+]
 
 Dice = random.Random
 
@@ -298,9 +310,29 @@ def misplaced(data: bytes, codec: Codec, pieces: Sequence[bytes] | None = None) 
 
 def odd_window(dice: Dice, like: Window) -> Window:
     """Return `like` with keys or values that no rank records."""
-    if dice.random() < 0.4:
+    whim = dice.random()
+    if whim < 0.1:
+        specs = MSGPACK.decode(like.schema)
+        return Window(encode(specs + specs[:1]), like.values + like.values[:16])
+    if whim < 0.2:
         return Window(mutated(like.schema, dice), like.values)
     return Window(like.schema, _odd_floats(like.values, dice))
+
+
+def odd_report(dice: Dice, like: Report) -> Report:
+    """Return `like` with one field that is in its bounds and not true."""
+    other = _report(dice)
+    fields = ("rank", "kind", "call", "step", "rhythm", "events", "fault", "window", "window", "check_model_update")
+    field = dice.choice(fields)
+    value = odd_window(dice, like.window) if field == "window" else getattr(other, field)
+    return msgspec.structs.replace(like, **{field: value})
+
+
+def odd_decision(dice: Dice, like: Decision) -> Decision:
+    """Return `like` with one field that is in its bounds and not true."""
+    odd = {"failure": failure(dice), "lease": dice.choice((1000, 1001, 2**40)), "round": 9, "run": "x", "protocol": 2}
+    field = dice.choice(("failure", "lease", *odd))
+    return msgspec.structs.replace(like, **{field: odd[field]})
 
 
 def _as_hello(data: bytes, body: bytes) -> bytes:
@@ -359,10 +391,10 @@ def _with_a_key_twice(value: dict[Any, Any]) -> bytes:
 
 def _odd_floats(values: bytes, dice: Dice) -> bytes:
     """Return the values of a window with some that no training gives, or one more or less."""
-    if dice.random() < 0.3:
+    if dice.random() < 0.1:
         return dice.choice((values[:-8], values[:-16], values + bytes(8), values + bytes(16)))
     floats = list(struct.unpack(f"<{len(values) // 8}d", values))
     for index in range(len(floats)):
         if dice.random() < 0.5:
-            floats[index] = dice.choice((*_FLOATS, -1e308, 1.7e308))
+            floats[index] = dice.choice((*_FLOATS, *_FLOATS[:2] * 2, -1.7e308, 1.7e308))
     return struct.pack(f"<{len(floats)}d", *floats)
