@@ -96,7 +96,10 @@ class Rank:
         try:
             with log:
                 try:
-                    self._train(log)
+                    if self.plan["lengths"]:
+                        self._train_epochs(log)
+                    else:
+                        self._train(log)
                 except LogsyncError as error:
                     failure = described(error)
                     failure["again"] = [outcome(log.log_ready, self.step + 1), outcome(log.write, self.step + 1)]
@@ -145,6 +148,23 @@ class Rank:
             log.record(x=float(step))
             log.log_ready(step)
             time.sleep(0.002)
+
+    def _train_epochs(self, log: TrainingLog) -> None:
+        for epoch, length in enumerate(self.plan["lengths"][self.rank]):
+            for batch in range(length):
+                self.step = 100 * epoch + batch
+                if self.step == self.plan["moment"]:
+                    self._do_the_deed()
+                log.record({"seen": 1.0}, reduce="sum", per_rank=True)
+                log.log_ready(self.step)
+                time.sleep(0.002)
+            log.end_epoch()
+            if self.plan["moment"] == -2 - epoch:  # after the end of its epoch, in its own code
+                self._do_the_deed()
+
+    def _do_the_deed(self) -> None:
+        self.events.tell("fault")
+        DEEDS[self.plan["deed"]](self)
 
     def _on_sigterm(self, _: int, __: FrameType | None) -> None:
         self.events.tell("handler")

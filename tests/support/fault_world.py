@@ -59,6 +59,8 @@ class FaultJob:
         store_on_rank_0: the job's store is in rank 0's process, and ends with it; otherwise it is here.
         steps: how many a rank trains.
         on_failure: as for `connect`.
+        lengths: by rank, how many batches each of its epochs has; the steps of epoch e begin at 100 e. Instead of
+            `steps`.
         network: the address of this process that ranks can reach, and each rank's network namespace and interface.
     """
 
@@ -74,6 +76,7 @@ class FaultJob:
         steps: int = 100_000,
         run_dir: Path | None = None,
         on_failure: str = "raise",
+        lengths: list[list[int]] | None = None,
         network: tuple[str, list[tuple[str, str]]] | None = None,
     ) -> None:
         self.folder = folder
@@ -98,6 +101,7 @@ class FaultJob:
             "frequency": frequency,
             "run_dir": str(self.run_dir),
             "steps": steps,
+            "lengths": lengths,
             "connect": {"timeout": timeout, "warn_after": 1.0, "sinks": ["jsonl"], "on_failure": on_failure},
         }
 
