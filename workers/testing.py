@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from logsync.coordinator.errors import LogsyncError
+from logsync.coordinator.frequency import FrequencyManager
 from logsync.coordinator.messages import MAX_FRAME, decode_state, encode
 from logsync.workers.door import connect
 from logsync.workers.training_log import TrainingLog
@@ -568,6 +569,50 @@ def a_rank_that_has_closed_waits_for_longer_than_the_timeout(member: Member) -> 
         return not log.log_ready(1)
 
 
+_EPOCH = 100  # steps from the first one of an epoch to the first one of the next
+
+
+def _lengths(world_size: int) -> list[list[int]]:
+    """Return how many calls each rank makes in each epoch: every rank ends first in one of the first two."""
+    return [
+        [3 + 4 * rank for rank in range(world_size)],
+        [3 + 4 * rank for rank in reversed(range(world_size))],
+        [5 * (rank == world_size - 1) for rank in range(world_size)],
+    ]
+
+
+def _check_uneven(results: list[Any]) -> None:
+    manager, due = FrequencyManager(3), {}
+    for epoch, lengths in enumerate(_lengths(len(results))):
+        for step in range(_EPOCH * epoch, _EPOCH * epoch + max(lengths)):
+            due[step] = manager.log_ready(step)
+            if due[step]:
+                manager.log_written(step)
+    for rank, (answers, last) in enumerate(results):
+        steps = [
+            _EPOCH * epoch + call
+            for epoch, lengths in enumerate(_lengths(len(results)))
+            for call in range(lengths[rank])
+        ]
+        assert answers == [(step, due[step]) for step in steps], f"rank {rank} was answered {answers}"
+        assert last == results[0][1], f"rank {rank} ended with {last}, rank 0 with {results[0][1]}"
+    assert results[0][1] == {"seen": sum(map(sum, _lengths(len(results))))}
+
+
+@_scenario(_check_uneven)
+def ranks_that_end_their_epochs_early_answer_the_others_and_come_back(member: Member) -> Any:
+    answers = []
+    with member.connect(3) as log:
+        seen = 0
+        for epoch, lengths in enumerate(_lengths(member.world_size)):
+            for step in range(_EPOCH * epoch, _EPOCH * epoch + lengths[member.rank]):
+                seen += 1
+                answers.append((step, log.log_ready(step)))
+            log.end_epoch()
+        last = log.write(1000, {"seen": seen * member.world_size}).metrics
+    return answers, last
+
+
 def _check_logged(expected: list[int]) -> Callable[[list[Any]], None]:
     def check(results: list[Any]) -> None:
         _alike(results)
@@ -822,6 +867,28 @@ def _check_left(results: list[Any]) -> None:
     for rank, errors in enumerate(results[:-1]):
         for kind, text, _ in errors:
             assert kind in _LOST, f"rank {rank}: {kind}: {text}"
+
+
+def _check_ended(results: list[Any]) -> None:
+    for rank, (kind, text, _) in enumerate(results):
+        # Or it had not begun to wait: then it is a call after close().
+        assert kind in (*_LOST, "RuntimeError"), f"rank {rank}: {kind}: {text}"
+
+
+@_scenario(_check_ended, least_ranks=2)
+def a_round_that_waits_on_another_thread_is_ended_by_close(member: Member) -> Any:
+    found: tuple[str, str, tuple[int, ...]] = ("PeerLost", "it waited for nobody", ())
+    with member.connect(None) as healthy:
+        transport = member.start(lambda _: b"")
+        transport.exchange(b"")
+        if not member.is_last():
+            closer = threading.Timer(0.5, transport.close)
+            closer.start()
+            found = _or_hangs(lambda: _raised(lambda: transport.exchange(b"", patient=True)))
+            closer.join()
+        healthy.write(0)  # the last rank is here until all others know
+        transport.close()
+    return found
 
 
 @_scenario(_check_left, least_ranks=2)

@@ -109,6 +109,21 @@ class BlamesNobody(Sound):
             raise
 
 
+class ClosesWhenNobodyWaits(Sound):
+    waits = False
+
+    def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+        self.waits = True
+        try:
+            return super().exchange(frame, patient=patient)
+        finally:
+            self.waits = False
+
+    def close(self, reason: str | None = None) -> None:
+        if not self.waits:
+            super().close(reason)
+
+
 BYTES = "every_rank_gets_the_same_bytes_and_the_root_runs_once_a_round"
 SIZES = "frames_and_replies_grow_and_shrink"
 FAULTS = [
@@ -125,6 +140,7 @@ FAULTS = [
     ),
     (KeepsTheReason, "a_rank_that_raises_leaves_its_reason_to_the_others", "PeerLost"),
     (HasNoPatience, "a_rank_that_has_closed_waits_for_longer_than_the_timeout", "RoundTimeout"),
+    (ClosesWhenNobodyWaits, "a_round_that_waits_on_another_thread_is_ended_by_close", "hangs"),
     (BlamesNobody, "a_rank_that_raises_leaves_its_reason_to_the_others", "left the log"),
 ]
 
