@@ -229,7 +229,7 @@ class LeavesAfterARefusal(Member):
         (Parts(member=CheckpointsBeforeTheFileHasTheEntry), {"seq", "values"}, range(1500)),
         (Parts(member=LeavesBeforeItsStateCounts), {"seq", "values"}, range(1500)),
         (Parts(member=DoesNotAlignItsCalls), {"state", "call numbers"}, range(100)),
-        (Parts(member=TakesALeaseWhileAway), {"state", "agreement"}, range(100)),
+        (Parts(member=TakesALeaseWhileAway), {"lease"}, range(100)),
         (Parts(member=RestoresTwice), {"errors", "seq"}, range(1500)),
         (Parts(member=WritesTwiceWhatWasLoggedWhileItWasAway), {"values"}, range(100)),
         (Parts(member=LosesWhatWasNotLoggedWhileItWasAway), {"values"}, range(100)),
