@@ -23,6 +23,7 @@ TIMEOUT = 1000
 
 RESEND = 200
 _MOST_EVENTS = 5_000
+_AHEAD = 100  # so that no rank that counts its own steps comes below 0
 _ROUNDS = ("call", "write", "end")  # what waits until an epoch that this rank has ended is over
 
 
@@ -75,6 +76,7 @@ class _World:
         self.root = job.parts.root(host, life.world_size)
         self.noise = {("up" if n.up else "down", n.rank, n.round): n.kind for n in life.noise}
         self.watch = Watch(number, bad_steps=any(op.kind == "call" and op.rank >= 0 for op in scenario.ops))
+        self.logged_at: float | None = None  # the step of the last entry
         self.struck_at = -1
 
     @property
@@ -203,9 +205,23 @@ class _Job:
             self.facts["ends refused"] += decision.failure is not None
             self.facts["ends with a closed rank"] += any(m.phase == "closing" for m in world.members)
             self.facts["ends with different call numbers"] += len({m.calls for m in world.members if m.away}) > 1
-        if any(notice.startswith("the step went back") for notice in decision.notices):
-            self.facts["rollbacks"] += 1
+        rolled_back = any(notice.startswith("the step went back") for notice in decision.notices)
+        self.facts["rollbacks"] += rolled_back
+        if rolled_back or self._is_marked_back(world, decision):
             self.rolled_back.add(decision.entry.seq if decision.entry is not None else decision.state.next_seq)
+        if decision.entry is not None:
+            world.logged_at = decision.entry.step
+        asked = {member.asked for member in world.members}
+        if "ended" in asked <= {"ended", "closed"} and decision.new_epoch is None:
+            breaks(
+                "ends", f"round {decision.round} of life {world.number} is not the end, though all have ended or closed"
+            )
+
+    def _is_marked_back(self, world: _World, decision: Decision) -> bool:
+        """Say whether a log was marked as written behind the last one, by a rank that said so."""
+        last, logged = decision.state.last_log_step, world.logged_at
+        marked = any(op.kind == "written" for op in self.scenario.ops)
+        return marked and last is not None and logged is not None and last < logged
 
     # -- what a rank does ------------------------------------------------------------------------------------------
 
@@ -217,6 +233,7 @@ class _Job:
             if op is not None:
                 member.out = sits_out(op, member.rank, out=member.out)
                 if member.out:
+                    member.skipped += op.kind == "call"
                     member.pc += 1
                     continue
             if then > self.now and not self._is_quick(member, op):
@@ -288,8 +305,9 @@ class _Job:
             member.called.append(member.pc)
             if op.rank == member.rank:
                 value = -1
-        if value != -1 and self.scenario.skew and op.value is not None:
-            value = op.value * (1 + self.scenario.skew * member.rank)
+        if value == op.value and op.value is not None:
+            value = op.value + _AHEAD - member.skipped if self.scenario.own_steps else op.value
+            value *= 1 + self.scenario.skew * member.rank if self.scenario.skew else 1
         if op.kind == "call" and member.answered_locally(value):
             world.watch.answered(member, False)  # noqa: FBT003 - an answer
             self.facts["leased calls"] += 1
