@@ -435,7 +435,6 @@ class _Job:
             self._leave(world, member)
 
     def _leave(self, world: _World, member: Member) -> None:
-        member.lose()
         member.phase, member.since = "failed", self.now
         if member.host is not None:
             member.release()
