@@ -55,10 +55,10 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         newest = -1
         if path.is_file() and path.stat().st_size:
-            if run.resumed:
-                newest = _cut_back(path, run.next_seq)
-            else:
+            if not run.resumed or _is_anothers(path, run):
                 _set_aside(path)
+            else:
+                newest = _cut_back(path, run.next_seq)
         # Unbuffered: one write() per line, and nothing left that a later flush or close could fail to write.
         self._file = path.open("ab", buffering=0)
         self._torn_at = None
@@ -109,6 +109,7 @@ class JsonlSink:
 
 class _Head(msgspec.Struct):
     seq: int
+    time: float | None = None
 
 
 _head = msgspec.json.Decoder(_Head)
@@ -134,6 +135,16 @@ def _line(entry: LogEntry) -> bytes:
     if entry.nan_ranks:
         record["nan_ranks"] = entry.nan_ranks
     return msgspec.json.encode(record) + b"\n"
+
+
+def _is_anothers(path: Path, run: RunInfo) -> bool:
+    """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
+    if run.last_entry is None or run.next_seq != 1:
+        return False
+    with path.open("rb") as file, contextlib.suppress(*_NOT_JSON):
+        first = _head.decode(file.readline())
+        return first.seq == 0 and first.time != run.last_entry.time
+    return False
 
 
 def _cut_back(path: Path, next_seq: int) -> int:

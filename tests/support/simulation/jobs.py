@@ -76,7 +76,8 @@ class _World:
             decided=functools.partial(job.decided, self),
         )
         self.watch = Watch(number, bad_steps=any(op.kind == "call" and op.rank >= 0 for op in scenario.ops))
-        self.logged_at: float | None = None  # the step of the last entry
+        entry = decode_state(origin.state).entry if origin is not None else None
+        self.logged_at = entry.step if entry is not None else None  # the step of the last entry
         self.struck_at = -1
 
     @property
@@ -434,7 +435,6 @@ class _Job:
             self._leave(world, member)
 
     def _leave(self, world: _World, member: Member) -> None:
-        member.lose()
         member.phase, member.since = "failed", self.now
         if member.host is not None:
             member.release()
