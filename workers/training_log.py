@@ -39,6 +39,8 @@ __all__ = ["Stats", "TrainingLog", "open_logs"]
 
 _logger = logging.getLogger(__name__)
 
+_VOICES = 16  # how many ranks may warn of the same, where they cannot know of each other
+
 _open_logs: set[TrainingLog] = set()
 
 
@@ -414,14 +416,17 @@ class TrainingLog(Ledger):
             self._left_open = Taken.nothing()
 
     def _warn_of_the_wait(self, waited_s: float) -> None:
-        # One voice: that of the lowest rank that waits, as far as this one can tell.
-        if set(range(self._rank)) <= set(self._active):
+        # A reply that counts this rank among the callers, or counts nobody, is older than the end of its epoch.
+        told = self._rank not in self._active and bool(self._active)
+        # One voice: that of the lowest rank that waits. Before any round has told who that is, a few may speak: the
+        # others may be stuck in a collective of the training, for good.
+        if set(range(self._rank)) <= set(self._active) if told else self._rank < _VOICES:
             _logger.warning(
                 "rank %d has ended its epoch and waits since %.0f s for %s: every rank calls end_epoch() as often as "
                 "the others, or closes its log",
                 self._rank,
                 waited_s,
-                f"{ranks_text(self._active)} and maybe others" if self._active else "others to end theirs",
+                f"{ranks_text(self._active)} and maybe others" if told else "others to end theirs",
             )
 
     def _is_too_large(self, error: AgreedError) -> bool:
