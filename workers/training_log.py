@@ -342,10 +342,15 @@ class TrainingLog(Ledger):
         """Say that this rank makes no more calls in this epoch; the others may have more batches, and go on.
 
         Call it on every rank at the end of every epoch where loaders may be of different lengths. It does not wait:
-        the rounds of the others are answered on a thread, also while this rank is in a collective of its own, such as
-        those of DDP's Join (call it inside the `with Join(...)` block). The next `log_ready`, `write`,
-        `load_state_dict`, `close` or `end_epoch` waits until every rank has ended the epoch or closed. Then call
-        numbers agree again, and no rank has a lease.
+        the rounds of the others are answered on a thread, also while this rank is in a collective of the training. The
+        next `log_ready`, `write`, `load_state_dict`, `close` or `end_epoch` waits until every rank has ended the epoch
+        or closed. Then call numbers agree again, and no rank has a lease.
+
+        Under DDP's Join call it inside the `with Join(...)` block, after the loop, and everything that waits, `close`
+        too, after the block: at its end a rank without batches takes part in the training collectives of those that
+        go on. An end told after the block comes too late for a round that is due meanwhile: the others wait in it for
+        this rank, and this rank in Join for their next step, until `timeout`. A call inside the block that waits is
+        missed in their collectives, and nothing ends that wait but the training's own timeout.
 
         What is recorded and not logged by then goes into the others' next entry, or else into the next epoch's first.
         Meanwhile `log_ready` answers are those of the lowest rank that still makes calls. `state_dict` does not wait
