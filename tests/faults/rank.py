@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ EXCEPTION = "the loss of batch 17 is not finite\nand a second line"
 def main() -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "forking a process that has threads"
     die_with_parent()
+    gc.freeze()  # or every rank, at its end, looks through (and copies) the memory of all of torch
     for line in sys.stdin:
         if os.fork() == 0:
             die_with_parent()

@@ -161,8 +161,8 @@ ALL = [
     [
         pytest.param(SOME, id="some"),
         *[
-            pytest.param([c for c in ALL if (c.victim, c.deed) == of], id=f"{of[1]}-{of[0]}", marks=SLOW)
-            for of in itertools.product(range(3), DEEDS)
+            pytest.param(list(cases), id=f"{deed}-{victim}{'-ended' if ended else ''}", marks=SLOW)
+            for (victim, deed, ended), cases in itertools.groupby(sorted(ALL), lambda case: case[:3])
         ],
     ],
 )
@@ -203,7 +203,7 @@ def test_a_signal_ends_the_wait_for_the_end_of_an_epoch_and_the_others_are_told(
         this = job(lengths=[[5, 5], [5, 5], [90, 5]], timeout=30)
         this.deed(2, "wait", 20)
         if victim == 1:
-            this.deed(0, "rest", AFTER_FIRST_EPOCH)  # so that rank 1 is the lowest that waits
+            this.deed(0, "rest", AFTER_FIRST_EPOCH)  # one that does not wait for the end itself
         this.start()
         jobs.append((this, victim, number, {"SIGTERM": 7, "SIGINT": -2}[number.name]))
 
