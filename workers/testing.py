@@ -597,9 +597,9 @@ def _check_uneven(results: list[Any]) -> None:
         ]
         assert answers == [(step, due[step]) for step in steps], f"rank {rank} was answered {answers}"
         assert last == results[0][1], f"rank {rank} ended with {last}, rank 0 with {results[0][1]}"
-    for rank, lengths in enumerate(zip(*_lengths(len(results)), strict=True)):
+    for rank, of_rank in enumerate(zip(*_lengths(len(results)), strict=True)):
         calls = sum(metrics.get(f"x/rank{rank}", 0.0) for metrics in results[0][2])
-        assert calls == sum(lengths), f"values of rank {rank} were lost or doubled: {results[0][2]}"
+        assert calls == sum(of_rank), f"values of rank {rank} were lost or doubled: {results[0][2]}"
 
 
 @_scenario(_check_uneven)
