@@ -50,6 +50,8 @@ __all__ = ["Stats", "TrainingLog", "open_logs"]
 
 _logger = logging.getLogger(__name__)
 
+_VOICES = 16  # how many ranks may warn of the same, where they cannot know of each other
+
 _open_logs: set[TrainingLog] = set()
 
 
@@ -356,10 +358,15 @@ class TrainingLog(Ledger):
         """Say that this rank makes no more calls in this epoch; the others may have more batches, and go on.
 
         Call it on every rank at the end of every epoch where loaders may be of different lengths. It does not wait:
-        the rounds of the others are answered on a thread, also while this rank is in a collective of its own, such as
-        those of DDP's Join (call it inside the `with Join(...)` block). The next `log_ready`, `write`,
-        `load_state_dict`, `close` or `end_epoch` waits until every rank has ended the epoch or closed. Then call
-        numbers agree again, and no rank has a lease.
+        the rounds of the others are answered on a thread, also while this rank is in a collective of the training. The
+        next `log_ready`, `write`, `load_state_dict`, `close` or `end_epoch` waits until every rank has ended the epoch
+        or closed. Then call numbers agree again, and no rank has a lease.
+
+        Under DDP's Join call it inside the `with Join(...)` block, after the loop, and everything that waits, `close`
+        too, after the block: at its end a rank without batches takes part in the training collectives of those that
+        go on. An end told after the block comes too late for a round that is due meanwhile: the others wait in it for
+        this rank, and this rank in Join for their next step, until `timeout`. A call inside the block that waits is
+        missed in their collectives, and nothing ends that wait but the training's own timeout.
 
         What is recorded and not logged by then goes into the others' next entry, or else into the next epoch's first.
         Meanwhile `log_ready` answers are those of the lowest rank that still makes calls. `state_dict` does not wait
@@ -430,14 +437,17 @@ class TrainingLog(Ledger):
             self._left_open = Taken.nothing()
 
     def _warn_of_the_wait(self, waited_s: float) -> None:
-        # One voice: that of the lowest rank that waits, as far as this one can tell.
-        if set(range(self._rank)) <= set(self._active):
+        # A reply that counts this rank among the callers, or counts nobody, is older than the end of its epoch.
+        told = self._rank not in self._active and bool(self._active)
+        # One voice: that of the lowest rank that waits. Before any round has told who that is, a few may speak: the
+        # others may be stuck in a collective of the training, for good.
+        if set(range(self._rank)) <= set(self._active) if told else self._rank < _VOICES:
             _logger.warning(
                 "rank %d has ended its epoch and waits since %.0f s for %s: every rank calls end_epoch() as often as "
                 "the others, or closes its log",
                 self._rank,
                 waited_s,
-                f"{ranks_text(self._active)} and maybe others" if self._active else "others to end theirs",
+                f"{ranks_text(self._active)} and maybe others" if told else "others to end theirs",
             )
 
     def _is_too_large(self, error: AgreedError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,17 @@ class BlamesNobody(Sound):
             raise
 
 
+class ServesOneThread(Sound):
+    thread: int | None = None
+
+    def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
+        self.thread = self.thread or threading.get_ident()
+        if threading.get_ident() != self.thread:
+            msg = "this connection belongs to another thread"
+            raise OSError(msg)
+        return super().exchange(frame, patient=patient)
+
+
 class ClosesWhenNobodyWaits(Sound):
     waits = False
 
@@ -140,6 +152,8 @@ FAULTS = [
     ),
     (KeepsTheReason, "a_rank_that_raises_leaves_its_reason_to_the_others", "PeerLost"),
     (HasNoPatience, "a_rank_that_has_closed_waits_for_longer_than_the_timeout", "RoundTimeout"),
+    (HasNoPatience, "ranks_that_have_ended_their_epoch_wait_for_longer_than_the_timeout", "RoundTimeout"),
+    (ServesOneThread, "ranks_that_end_their_epochs_early_answer_the_others_and_come_back", "belongs to another thread"),
     (ClosesWhenNobodyWaits, "a_round_that_waits_on_another_thread_is_ended_by_close", "hangs"),
     (BlamesNobody, "a_rank_that_raises_leaves_its_reason_to_the_others", "left the log"),
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ EXCEPTION = "the loss of batch 17 is not finite\nand a second line"
 def main() -> None:
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "forking a process that has threads"
     die_with_parent()
+    gc.freeze()  # or every rank, at its end, looks through (and copies) the memory of all of torch
     for line in sys.stdin:
         if os.fork() == 0:
             die_with_parent()
@@ -86,13 +88,14 @@ class Rank:
         self.rank: int = plan["rank"]
         self.events = events
         self.step = 0
+        self.due: list[int] = []  # in epochs, the steps that were answered True
 
     def play(self) -> None:
         self._settle_in()
         dist.init_process_group("gloo")
         failure: dict[str, Any] | None = None
         left_at = 0.0
-        log = connect(self.plan["frequency"], run_dir=self.plan["run_dir"], **self.plan["connect"])
+        self.log = log = connect(self.plan["frequency"], run_dir=self.plan["run_dir"], **self.plan["connect"])
         try:
             with log:
                 try:
@@ -117,7 +120,7 @@ class Rank:
         except ValueError as error:
             self.events.tell("raised", text=str(error))
         else:
-            self.events.tell("done", step=self.step)
+            self.events.tell("done", step=self.step, due=self.due)
         self._wait_for("go")
 
     def _settle_in(self) -> None:
@@ -130,6 +133,7 @@ class Rank:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         logging.getLogger("logsync").addHandler(self.events)
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
         if self.plan["netns"]:
             enter_netns(self.plan["netns"])
         os.environ.update(self.plan["environ"])
@@ -150,15 +154,18 @@ class Rank:
             time.sleep(0.002)
 
     def _train_epochs(self, log: TrainingLog) -> None:
-        for epoch, length in enumerate(self.plan["lengths"][self.rank]):
+        lengths, forgets = self.plan["lengths"][self.rank], self.plan["forgets"].get(str(self.rank))
+        for epoch, length in enumerate(lengths):
             for batch in range(length):
                 self.step = 100 * epoch + batch
                 if self.step == self.plan["moment"]:
                     self._do_the_deed()
                 log.record({"seen": 1.0}, reduce="sum", per_rank=True)
-                log.log_ready(self.step)
+                if log.log_ready(self.step):
+                    self.due.append(self.step)
                 time.sleep(0.002)
-            log.end_epoch()
+            if epoch != forgets:
+                log.end_epoch()
             if self.plan["moment"] == -2 - epoch:  # after the end of its epoch, in its own code
                 self._do_the_deed()
 
@@ -206,6 +213,11 @@ class Rank:
         """Have a step that lasts until the test says so."""
         self._wait_for(f"on{self.rank}")
 
+    def rest(self) -> None:
+        """Be in its own code, after the end of its epoch, until that of all is there or cannot come any more."""
+        while self.log._absence is not None and self.log._absence._thread.is_alive():
+            time.sleep(0.01)
+
     def throw(self) -> None:
         raise ValueError(EXCEPTION)
 
@@ -237,6 +249,7 @@ DEEDS: dict[str, Callable[[Rank], None]] = {
     "sleep": Rank.sleep,
     "starve": Rank.starve,
     "wait": Rank.wait,
+    "rest": Rank.rest,
     "throw": Rank.throw,
     "leave_a_child": Rank.leave_a_child,
     "reset": Rank.reset,

@@ -23,7 +23,7 @@ __all__ = ["FaultJob", "JobMaker", "Nursery", "drawn"]
 _RANK = Path(__file__).parents[1] / "faults" / "rank.py"
 _GRACE_S = 5.0  # after the timeout
 _AT_ONCE_S = 2.5
-_END_S = 10.0
+_END_S = 20.0  # many ranks may end at once, on few cores
 
 
 class Nursery:
@@ -61,6 +61,7 @@ class FaultJob:
         on_failure: as for `connect`.
         lengths: by rank, how many batches each of its epochs has; the steps of epoch e begin at 100 e. Instead of
             `steps`.
+        forgets: the epoch whose end a rank does not tell, by rank.
         network: the address of this process that ranks can reach, and each rank's network namespace and interface.
     """
 
@@ -77,6 +78,7 @@ class FaultJob:
         run_dir: Path | None = None,
         on_failure: str = "raise",
         lengths: list[list[int]] | None = None,
+        forgets: Mapping[int, int] | None = None,
         network: tuple[str, list[tuple[str, str]]] | None = None,
     ) -> None:
         self.folder = folder
@@ -102,6 +104,7 @@ class FaultJob:
             "run_dir": str(self.run_dir),
             "steps": steps,
             "lengths": lengths,
+            "forgets": {str(rank): epoch for rank, epoch in (forgets or {}).items()},
             "connect": {"timeout": timeout, "warn_after": 1.0, "sinks": ["jsonl"], "on_failure": on_failure},
         }
 
@@ -200,9 +203,13 @@ class FaultJob:
             assert f"rank {culprit}" in failure["text"], failure
         return [failure["text"] for failure in failures.values()]
 
+    def let_go(self) -> None:
+        """Let all ranks end, without waiting for it."""
+        (self.folder / "go").touch()
+
     def release(self) -> dict[int, int]:
         """Let all ranks end, and return how each did: 0, an exit status, or minus a signal."""
-        (self.folder / "go").touch()
+        self.let_go()
         codes = {rank: self.wait(rank, "ended", within_s=_END_S)["code"] for rank in range(self.size)}
         self._until(lambda: not self._alive(), _END_S, "processes are left")
         return codes

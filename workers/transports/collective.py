@@ -111,6 +111,8 @@ class CollectiveTransport:
         if reason is not None:
             self._watch.leave(reason)
         self._jobs.put(None)
+        # Wakes an exchange that waits on another thread; it looks up at intervals that may be as long as a minute.
+        self._outcomes.put(PeerLost("the log was closed while a round of it was open", ranks=(self.rank,)))
         # A live group at the interpreter's end can abort the process, so the thread gets time to drop it.
         thread.join(timeout=2.0)
         self._watch.end()
@@ -123,9 +125,6 @@ class CollectiveTransport:
                 # SimpleQueue.get waits in a way that lets signal handlers run.
                 outcome = self._outcomes.get(timeout=pause)
             except queue.Empty:
-                if self._thread is None:
-                    msg = "the log was closed while a round of it was open"
-                    raise PeerLost(msg, ranks=(self.rank,)) from None
                 try:
                     pause = self._watch.waiting(time.monotonic() - started, patient=patient)
                 except TransportError as error:

@@ -1,19 +1,24 @@
-"""Train on loaders of different lengths: `uneven.py join` under DistributedDataParallel and Join, `uneven.py alone`.
+"""Train on loaders of different lengths: `uneven.py MODE [MODE]`, under torchrun.
 
-Every rank leaves in uneven.rank<R>.json what it was answered and what it had recorded.
+Mode `join` trains under DistributedDataParallel and Join, `alone` without either, and `late` as `join`, but it tells
+the end of an epoch after the Join block. Every rank leaves in MODE.rank<R>.json what it was answered and what it had
+recorded, or the error that ended it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
+from logsync.coordinator.errors import TransportError
 from logsync.workers import TrainingLog, connect
 
 EPOCHS = 3
@@ -27,27 +32,40 @@ def length(rank: int, epoch: int) -> int:
 
 
 def main() -> None:
-    joins = sys.argv[1] == "join"
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    for mode in sys.argv[1:]:
+        result = play(mode)
+        Path(f"{mode}.rank{dist.get_rank()}.json").write_text(json.dumps(result))
+        if "error" in result:
+            os._exit(1)  # at an orderly end torch would wait for the collectives that it has open
+    dist.destroy_process_group()
+
+
+def play(mode: str) -> dict[str, Any]:
     torch.manual_seed(7)
     net: torch.nn.Module = torch.nn.Linear(2, 1)
-    if joins:
+    if mode != "alone":
         net = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     told: list[tuple[int, bool, float]] = []
-    with connect(FREQUENCY, run_dir="run", sinks=["jsonl"], timeout=30) as log:
-        for epoch in range(EPOCHS):
-            if joins:
-                with Join([net]):  # type: ignore[list-item]  # torch's DDP is Joinable, its stubs do not say so
+    timeout = 3.0 if mode == "late" else 30.0
+    try:
+        with connect(FREQUENCY, name=mode, run_dir=mode, sinks=["jsonl"], timeout=timeout) as log:
+            for epoch in range(EPOCHS):
+                if mode == "alone":
                     train(log, net, optimizer, epoch, told)
                     log.end_epoch()
-            else:
-                train(log, net, optimizer, epoch, told)
-                log.end_epoch()
-        log.write(EPOCHS * EPOCH)
-    Path(f"uneven.rank{rank}.json").write_text(json.dumps({"told": told, "calls": log.stats.calls}))
-    dist.destroy_process_group()
+                    continue
+                with Join([net]):  # type: ignore[list-item]  # torch's DDP is Joinable, its stubs do not say so
+                    train(log, net, optimizer, epoch, told)
+                    if mode == "join":
+                        log.end_epoch()
+                if mode == "late":
+                    log.end_epoch()
+            log.write(EPOCHS * EPOCH)
+    except TransportError as error:
+        return {"error": type(error).__name__, "ranks": error.ranks, "told": told}
+    return {"told": told, "calls": log.stats.calls}
 
 
 def train(
@@ -65,7 +83,7 @@ def train(
         optimizer.step()
         value = loss.item()
         log.record({"loss": value}, weight=log.rank + 1)
-        log.record({"batches": 1, "weight": log.rank + 1}, reduce="sum")
+        log.record({"batches": 1}, reduce="sum")
         told.append((step, log.log_ready(step), value))
 
 
