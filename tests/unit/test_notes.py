@@ -162,13 +162,17 @@ def test_work_that_raises_gives_nothing() -> None:
     assert within(10, work) is None
 
 
-def test_work_that_never_ends_is_given_up_after_its_time() -> None:
-    for_ever = threading.Event()
+def test_work_that_takes_longer_is_not_waited_for_and_its_thread_tells_when_it_ends() -> None:
+    let_go = threading.Event()
     started = time.monotonic()
 
-    assert within(0.05, for_ever.wait) is None
+    late = within(0.05, let_go.wait)
     assert 0.05 <= time.monotonic() - started < 5
-    for_ever.set()
+    assert isinstance(late, threading.Thread)
+    assert late.is_alive()
+    let_go.set()
+    late.join(5)
+    assert not late.is_alive()
 
 
 # -- who has died on this host ---------------------------------------------------------------------------------
@@ -228,6 +232,8 @@ class Moody:
             self.asked += 1
             if self.mood == "blocks":
                 self.let_go.wait(60)
+            if self.mood == "good":  # meanwhile
+                return getattr(self.store, name)(*arguments)
             msg = "Broken pipe"
             raise dist.DistNetworkError(msg)
 
@@ -313,6 +319,29 @@ def test_a_store_that_blocks_delays_the_error_by_less_than_5_seconds_and_is_not_
     watch.waiting(1.0, patient=True)
     watch.leave("KeyError")
     assert moody.asked == 1
+
+
+def test_a_rank_whose_store_answers_late_leaves_notes_and_reads_them_again(
+    moody: Moody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logsync.workers.transports.watch._STORE_S", 0.1)
+    watch = watch_of(moody, 1)
+    before = notes_of(moody.store).read()[1]
+    moody.mood = "blocks"
+    watch.waiting(1.0, patient=False)
+    watch.waiting(2.0, patient=False)
+    assert moody.asked == 1
+    moody.mood = "good"
+    moody.let_go.set()
+
+    def noted() -> bool:
+        watch.waiting(0.4, patient=False)
+        newest = notes_of(moody.store).read()[1]
+        return newest.doing == "waiting" and newest.beat > before.beat + 2
+
+    wait_for(noted)
+    notes_of(moody.store, 0).judge(Verdict(1, "timeout", (2,), "rank 2 did not come"))
+    assert type(watch.explain("Read error", TIMEOUT_S)) is RoundTimeout
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -447,6 +476,24 @@ def test_the_lowest_waiting_rank_alone_warns_of_the_missing_every_warn_after(
             assert "was last heard of at call 41, step 40" in told[0]
         else:
             assert told == []
+
+
+def test_a_warning_does_not_name_ranks_that_wait_for_the_lost_roots_last_reply(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = hash_store()
+    watch = watch_of(store, 1)
+    notes_of(store, 0).leave(note("idle", 0))
+    notes_of(store, 2).leave(note("waiting", 0))
+    watch.waiting(1.0, patient=False)
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("round 1 has waited 1 s for rank 0: rank 0 on ")
+
+
+@pytest.mark.parametrize("warn_after_s", [0.1, 1.0, 60.0])
+def test_a_rank_leaves_its_first_note_long_before_anybody_warns(warn_after_s: float) -> None:
+    assert watch_of(hash_store(), 1, warn_after_s).first_pause_s <= warn_after_s / 2
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def judged(notes: dict[int, Note], *, rank: int, waited_s: float, world_size: in
         (1, TIMEOUT_S, {0: IDLE, 1: SAW_0_DEAD, 2: GIVEN_UP}, CoordinatorLost, (0,)),
         (1, 0.1, {0: IDLE, 1: FAILED, 2: SAW_0_DEAD}, CoordinatorLost, (0,)),
         (0, 0.1, {0: note("failed", dead=(1, 2)), 1: IDLE, 2: IDLE}, PeerLost, (1, 2)),
+        # the root's last reply came through to some ranks only: the others still wait for it
+        (1, TIMEOUT_S, {0: IDLE, 1: GIVEN_UP, 2: note("failed", ROUND - 1)}, CoordinatorLost, (0,)),
+        (2, TIMEOUT_S, {0: IDLE, 1: note("waiting", ROUND - 1), 2: GIVEN_UP}, CoordinatorLost, (0,)),
+        (1, 0.1, {1: FAILED, 2: note("waiting", ROUND - 1)}, CoordinatorLost, (0,)),
+        (1, TIMEOUT_S, {0: IDLE, 1: GIVEN_UP, 2: note("waiting", ROUND - 2)}, CoordinatorLost, (0, 2)),
+        (1, TIMEOUT_S, {0: IDLE, 1: GIVEN_UP, 2: note("idle", ROUND - 1)}, CoordinatorLost, (0, 2)),
+        (1, TIMEOUT_S, {0: WAITS, 1: GIVEN_UP, 2: note("waiting", ROUND - 1)}, RoundTimeout, (2,)),
+        (0, TIMEOUT_S, {0: GIVEN_UP, 1: IDLE, 2: note("waiting", ROUND - 1)}, RoundTimeout, (1, 2)),
         # the root asks after its timeout: late
         (0, TIMEOUT_S, {0: GIVEN_UP, 1: IDLE, 2: WAITS}, RoundTimeout, (1,)),
         (0, TIMEOUT_S, {0: GIVEN_UP, 1: IDLE, 2: IDLE}, RoundTimeout, (1, 2)),

@@ -96,7 +96,8 @@ class Notes:
 
     def give_up(self) -> None:
         """Note that the store did not answer: a thread may be waiting for it until this process ends."""
-        _given_up.append((os.getpid(), self))
+        if (os.getpid(), self) not in _given_up:
+            _given_up.append((os.getpid(), self))
 
     def cut(self) -> None:
         """Break the clients' connections, so that whoever waits for an answer gets an error."""
@@ -152,8 +153,8 @@ def _connections() -> dict[int, int]:
     return found
 
 
-def within(seconds: float, work: Callable[[], T]) -> tuple[T] | None:
-    """Return what `work` returns, in a tuple, or None if it raises or takes longer; then its thread is given up."""
+def within(seconds: float, work: Callable[[], T]) -> tuple[T] | threading.Thread | None:
+    """Return what `work` returns, in a tuple, None if it raises, or its thread, which goes on, if it takes longer."""
     results: list[T] = []
 
     def run() -> None:
@@ -165,9 +166,13 @@ def within(seconds: float, work: Callable[[], T]) -> tuple[T] | None:
     thread = threading.Thread(target=run, name="logsync-notes", daemon=True)
     thread.start()
     thread.join(seconds)
-    if thread.is_alive():
-        _waiting.append(thread)
-    return (results[0],) if results else None
+    late = thread.is_alive()  # asked first: it may end now
+    if results:
+        return (results[0],)
+    if not late:
+        return None
+    _waiting[:] = [thread, *(other for other in _waiting if other.is_alive())]
+    return thread
 
 
 def pid_space() -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "judge",
     "last_known",
     "leavers",
+    "missed_by",
 ]
 
 GAVE_UP = "waited for its whole timeout"
@@ -58,6 +59,18 @@ def heard_of(notes: dict[int, Note], round_number: int) -> set[int]:
         for rank, note in notes.items()
         if note.doing == "left" or (note.doing in ("waiting", "failed") and note.round >= round_number)
     }
+
+
+def missed_by(rank: int, notes: dict[int, Note], round_number: int, world_size: int) -> set[int]:
+    """Return the ranks that `rank`, who came to the round, misses there, as far as the notes tell.
+
+    Where the root is one of them, ranks that are still in the round before are none: what they wait for is the reply
+    that the root has got through to `rank` only.
+    """
+    missing = set(range(world_size)) - heard_of(notes, round_number) - {rank}
+    if rank and 0 in missing:
+        missing -= heard_of(notes, round_number - 1) - {0}
+    return missing
 
 
 def failed_in(notes: dict[int, Note], round_number: int) -> set[int]:
@@ -98,8 +111,7 @@ def judge(
     world = set(range(world_size))
     dead = {r for note in notes.values() for r in note.dead} & world - {rank}
     # No notes at all: the job's store does not answer either, which the root's side keeps.
-    expected = world if notes or rank == 0 else {0}
-    missing = expected - heard_of(notes, round_number) - {rank}
+    missing = missed_by(rank, notes, round_number, world_size) if notes or rank == 0 else {0}
     timed_out = has_timed_out(waited_s, timeout_s)
     before = notes if before is None else before
     gave_up = _gave_up(before)

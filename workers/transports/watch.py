@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -24,6 +25,7 @@ from logsync.workers.transports.postmortem import (
     judge,
     last_known,
     leavers,
+    missed_by,
 )
 
 __all__ = ["Watch"]
@@ -47,7 +49,8 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, world_size: int, *, timeout_s: float, warn_after_s: float) -> None:
         self.position: Position = _nowhere
-        self.first_pause_s = min(1.0, timeout_s / 8, warn_after_s)
+        # Long before anybody warns, so that a warning does not name ranks that wait as well.
+        self.first_pause_s = min(1.0, timeout_s / 8, warn_after_s / 2)
         self.beat_s = max(0.05, min(warn_after_s, timeout_s / 4))
         self._store = store
         self._rank = rank
@@ -55,6 +58,7 @@ class Watch:
         self._timeout_s = timeout_s
         self._warn_after_s = warn_after_s
         self._notes: Notes | None = None
+        self._unanswered: threading.Thread | None = None
         self._ended = False
         self._round = 0
         self._last: LastRound | None = None
@@ -152,16 +156,26 @@ class Watch:
             self._notes = notes
 
     def _ask(self, question: Callable[[Notes], T]) -> T | None:
-        """Have the store answer within 2 s; one that does not is not asked again."""
+        """Have the store answer within 2 s; one that does not is not asked again before it has answered.
+
+        Its silence may be a partition that heals. A rank that left no notes from then on would be blamed for the next
+        fault of any other.
+        """
         notes = self._notes
-        if notes is None:
+        if notes is None or not self._answers():
             return None
         answer = within(_STORE_S, lambda: question(notes))
-        if answer is None:
+        if isinstance(answer, tuple):
+            return answer[0]
+        if answer is None:  # a client that has lost its connection never connects again
             self._notes = None
-            notes.give_up()
-            return None
-        return answer[0]
+        self._unanswered = answer
+        notes.give_up()
+        return None
+
+    def _answers(self) -> bool:
+        """Say whether the store can be asked."""
+        return self._notes is not None and (self._unanswered is None or not self._unanswered.is_alive())
 
     def _read(self) -> dict[int, Note]:
         return self._ask(Notes.read) or {}
@@ -187,7 +201,7 @@ class Watch:
             )
             return
         present = heard_of(notes, self._round) | {self._rank}
-        missing = set(range(self._world_size)) - present
+        missing = missed_by(self._rank, notes, self._round, self._world_size)
         # One voice: the root's, or if it is late itself the lowest waiting rank's. A rank that has closed is patient.
         if missing and self._rank == min(present) and not patient:
             _logger.warning(
@@ -229,7 +243,7 @@ class Watch:
 
     def _verdict_of_root(self) -> TransportError | None:
         deadline = time.monotonic() + _OTHERS_ASK_S
-        while self._notes is not None and time.monotonic() < deadline:
+        while self._answers() and time.monotonic() < deadline:
             verdict = self._ask(Notes.verdict)
             if verdict is not None:  # there is one failure only, though this rank may be a round ahead of the root
                 return error_of_verdict(verdict)
@@ -242,7 +256,7 @@ class Watch:
         while True:
             seen = self._read()
             known = heard_of(seen, self._round).union(*(note.dead for note in seen.values()))
-            if len(known) >= self._world_size or self._notes is None or time.monotonic() >= deadline:
+            if len(known) >= self._world_size or not self._answers() or time.monotonic() >= deadline:
                 return seen
             time.sleep(0.05)
 
