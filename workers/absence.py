@@ -21,6 +21,7 @@ class Absence:
     def __init__(self, answer: Callable[[], bool]) -> None:
         self._answer = answer
         self._error: BaseException | None = None
+        self._is_over = False
         self._thread = threading.Thread(target=self._serve, name="logsync-absence", daemon=True)
 
     def start(self) -> None:
@@ -46,11 +47,15 @@ class Absence:
                 due_s += warn_after_s
         if self._error is not None:
             raise self._error
+        if not self._is_over:
+            msg = "the absence has not begun"
+            raise RuntimeError(msg)
         return time.monotonic() - started
 
     def _serve(self) -> None:
         try:
             while not self._answer():
                 pass
+            self._is_over = True
         except BaseException as error:  # noqa: BLE001 - it belongs to the caller, who will come for it
             self._error = error

@@ -369,7 +369,9 @@ class TrainingLog(Ledger):
         missed in their collectives, and nothing ends that wait but the training's own timeout.
 
         What is recorded and not logged by then goes into the others' next entry, or else into the next epoch's first.
-        Meanwhile `log_ready` answers are those of the lowest rank that still makes calls. `state_dict` does not wait
+        Meanwhile `log_ready` answers are those of the lowest rank that still makes calls, and so steps have to mean the
+        same on every rank: a rank that counts its own batches falls behind the others' last log, which is told as a
+        step that went back. `state_dict` does not wait
         either: it tells what this rank has heard of. For an exact checkpoint at the end of an epoch call `write`
         first.
 
@@ -389,6 +391,7 @@ class TrainingLog(Ledger):
     def _answer_absent(self) -> bool:
         """Answer one round of the others, on the absence's thread; say whether the epoch is over."""
         with self._lock:
+            self._epoch_over = False  # until a reply says so; the transport itself may refuse a frame
             frame = self._frame("ended", window=self._left_open.message)
         self._doubtful = (self._entries_made(), self._left_open)
         try:
@@ -424,7 +427,12 @@ class TrainingLog(Ledger):
             return
         try:
             self._wait_s += absence.wait(self._warn_after_s, self._warn_of_the_wait)
-        except Exception:
+        except Exception as error:
+            if self._unusable is None and not isinstance(error, LogsyncError):
+                self._unusable = RoundInterrupted(
+                    f"round {self._round} was left half done by {type(error).__name__} on this log's thread; its "
+                    "outcome is not known here, so this log makes no further rounds"
+                )
             self._end_absence()
             raise
         self._end_absence()

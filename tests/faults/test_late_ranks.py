@@ -61,7 +61,7 @@ def test_a_root_that_is_starved_for_10_s_is_waited_for_within_the_timeout_and_lo
         warnings = [event["text"] for event in this.events(1, "warning")]
         # The first may come before rank 2 has said that it waits as well.
         assert len([text for text in warnings if re.fullmatch(place, text)]) >= starved_s - 3, warnings
-        assert this.events(2, "warning") == []
+        assert len(this.events(2, "warning")) <= 1  # as above, where rank 1 has not said it yet
         assert this.release() == {0: 0, 1: 0, 2: 0}
         assert [(entry["seq"], entry["step"]) for entry in this.entries()] == [(step, step) for step in range(60)]
     failure = given_up.failures([0], given_up.fault_at(0) + starved_s)[0]

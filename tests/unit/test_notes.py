@@ -232,7 +232,7 @@ class Moody:
             self.asked += 1
             if self.mood == "blocks":
                 self.let_go.wait(60)
-            if self.mood == "good":  # meanwhile
+            if str(self.mood) == "good":  # meanwhile
                 return getattr(self.store, name)(*arguments)
             msg = "Broken pipe"
             raise dist.DistNetworkError(msg)

@@ -95,6 +95,7 @@ class CollectiveTransport:
         if self._thread is None:
             msg = "exchange() before start(), or after close()"
             raise RuntimeError(msg)
+        self._watch.round_begins()
         self._jobs.put((frame, patient))
         reply = self._outcome(patient=patient)
         if reply is None:

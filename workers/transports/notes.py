@@ -74,7 +74,7 @@ class Notes:
         before = _connections()
         self._writer = store.clone()
         self._reader = store.clone()
-        self._connections = dict(_connections().items() - before.items())
+        self._connections = _twins(dict(_connections().items() - before.items()))
         self._prefix = f"logsync/{prefix}"
         self._rank = rank
         self._world_size = world_size
@@ -102,10 +102,10 @@ class Notes:
     def cut(self) -> None:
         """Break the clients' connections, so that whoever waits for an answer gets an error."""
         there = _connections()
-        for descriptor, inode in self._connections.items():
-            if there.get(descriptor) == inode:
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                    connection.shutdown(socket.SHUT_RDWR)
+        for descriptor, connection in self._connections.items():
+            if there.get(descriptor) == connection:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
 
     def judge(self, verdict: Verdict) -> None:
         """Leave the root's verdict for the others."""
@@ -126,7 +126,6 @@ def _decoded(data: bytes, kind: type[T]) -> T | None:
 
 _given_up: list[tuple[int, Notes]] = []
 _waiting: list[threading.Thread] = []
-_INTERNET = {socket.AF_INET, socket.AF_INET6}
 
 
 @atexit.register
@@ -139,18 +138,31 @@ def _end_what_waits() -> None:
         thread.join(1.0)
 
 
-def _connections() -> dict[int, int]:
-    """Return the descriptors of this process's TCP connections and their inodes; none where there is no /proc."""
+def _connections() -> dict[int, tuple[str, str]]:
+    """Return the descriptors of this process's TCP connections, with their inodes and the addresses at the other end.
+
+    Nothing is found where there is no /proc. No socket object is made of them: that can change their mode.
+    """
+    ends = {}
     found = {}
     with contextlib.suppress(OSError):
+        for table in ("tcp", "tcp6"):
+            with contextlib.suppress(OSError):
+                for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+                    fields = line.split()
+                    ends[fields[9]] = fields[2]
         for entry in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(OSError):
-                if not str(entry.readlink()).startswith("socket:"):
-                    continue
-                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                    if connection.type == socket.SOCK_STREAM and connection.family in _INTERNET:
-                        found[int(entry.name)] = os.fstat(connection.fileno()).st_ino
+                kind, _, inode = str(entry.readlink()).partition(":")
+                if kind == "socket" and inode[1:-1] in ends:
+                    found[int(entry.name)] = (inode[1:-1], ends[inode[1:-1]])
     return found
+
+
+def _twins(connections: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
+    """Return those that share their other end: the two clients', and not what others have opened meanwhile."""
+    ends = [end for _, end in connections.values()]
+    return {descriptor: (inode, end) for descriptor, (inode, end) in connections.items() if ends.count(end) > 1}
 
 
 def within(seconds: float, work: Callable[[], T]) -> tuple[T] | threading.Thread | None:
@@ -182,6 +194,8 @@ def pid_space() -> str:
     are the same only where the machine's last boot is.
     """
     try:
+        if str(Path("/proc/self").readlink()) != str(os.getpid()):
+            return ""  # /proc shows another namespace's processes
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{Path('/proc/self/ns/pid').readlink()} {boot}"
     except OSError:

@@ -59,6 +59,9 @@ class Watch:
         self._warn_after_s = warn_after_s
         self._notes: Notes | None = None
         self._unanswered: threading.Thread | None = None
+        self._has_begun = False  # there have been notes
+        self._silent_since: float | None = None  # when a patient rank's reading began to fail
+        self._is_final = False  # this rank has said that it failed or left
         self._ended = False
         self._round = 0
         self._last: LastRound | None = None
@@ -73,6 +76,12 @@ class Watch:
         if self._round == 1:
             self._begin(reply)
 
+    def round_begins(self) -> None:
+        """Forget the wait before; called when this rank begins to wait."""
+        self._warned_s = 0.0
+        self._beats.clear()
+        self._silent_since = None
+
     def idle(self) -> None:
         """Show that this process lives; called every `beat_s` between rounds."""
         self._leave("idle")
@@ -85,9 +94,6 @@ class Watch:
                 process has ended: gloo has been seen to miss a closed connection, about once in fifty kills. Or this
                 rank is patient, and a peer shows no life.
         """
-        if waited_s < 2 * self.first_pause_s:
-            self._warned_s = 0.0
-            self._beats.clear()
         self._leave("waiting")
         warns = waited_s - self._warned_s >= 0.99 * self._warn_after_s
         if warns or patient:
@@ -154,6 +160,7 @@ class Watch:
         notes = Notes(store, run, self._rank, self._world_size)
         if not self._ended:
             self._notes = notes
+            self._has_begun = True
 
     def _ask(self, question: Callable[[Notes], T]) -> T | None:
         """Have the store answer within 2 s; one that does not is not asked again before it has answered.
@@ -183,8 +190,9 @@ class Watch:
     def _leave(
         self, doing: Literal["idle", "waiting", "failed", "left"], *, dead: tuple[int, ...] = (), text: str = ""
     ) -> None:
-        if self._notes is None:
+        if self._notes is None or (self._is_final and doing != "left"):
             return
+        self._is_final = doing in {"failed", "left"}
         self._beat += 1
         call, step = self.position()
         note = Note(
@@ -215,6 +223,10 @@ class Watch:
     def _check_beats(self, notes: dict[int, Note]) -> None:
         """Let a patient rank go when a peer shows no life for the timeout."""
         now = time.monotonic()
+        if not notes:  # where the store answers, this rank's own is there
+            self._check_silence(now)
+            return
+        self._silent_since = None
         gone = leavers(notes)
         if gone:
             verdict = judge(
@@ -240,6 +252,20 @@ class Watch:
             )
             kind = CoordinatorLost if 0 in silent else RoundTimeout
             raise kind(msg, ranks=tuple(silent), round=self._round)
+
+    def _check_silence(self, now: float) -> None:
+        """Let a patient rank go when the store, through which it would hear of its peers, is silent for the timeout."""
+        self._beats.clear()  # they may have been beating
+        if not self._has_begun:
+            return  # there is none: gloo's connections are all that is known
+        if self._silent_since is None:
+            self._silent_since = now
+        if now - self._silent_since > self._timeout_s:
+            msg = (
+                f"rank {self._rank} makes no more calls and waits for the others, but the job's store has not answered "
+                f"for {self._timeout_s:g} s, so nothing is known of them"
+            )
+            raise CoordinatorLost(msg, ranks=(0,), round=self._round)
 
     def _verdict_of_root(self) -> TransportError | None:
         deadline = time.monotonic() + _OTHERS_ASK_S
