@@ -109,10 +109,15 @@ class JsonlSink:
 
 class _Head(msgspec.Struct):
     seq: int
-    time: float | None = None
+
+
+class _Begun(msgspec.Struct):
+    seq: int
+    time: float
 
 
 _head = msgspec.json.Decoder(_Head)
+_begun = msgspec.json.Decoder(_Begun)
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -142,7 +147,7 @@ def _is_anothers(path: Path, run: RunInfo) -> bool:
     if run.last_entry is None or run.next_seq != 1:
         return False
     with path.open("rb") as file, contextlib.suppress(*_NOT_JSON):
-        first = _head.decode(file.readline())
+        first = _begun.decode(file.readline())
         return first.seq == 0 and first.time != run.last_entry.time
     return False
 
@@ -163,7 +168,7 @@ def _cut_back(path: Path, next_seq: int) -> int:
             file.write(b"\n")
     if torn:
         _logger.warning("dropped the torn last line of %s: %s", path, printable(repr(torn), 100))
-    if strangers:
+    if strangers > 0:
         _logger.warning("%s has %d lines that are no entries of logsync; they are kept as they are", path, strangers)
     return newest
 
