@@ -61,6 +61,7 @@ _STANDING = (
     "attempt",
     "restores",
     "_counting",
+    "_last_call",
     "_entry_call",
     "_missed",
     "_unanswered",
@@ -150,6 +151,7 @@ class Coordinator:
         self._cadence = Cadence()
         self._counting = 0
         self._steps: dict[int, int] = {}  # every rank's step at the last decision, where ranks' steps are compared
+        self._last_call = 0  # the counting rank's at the last round
         self._entry_call = 0  # the call up to which everything is in an entry
         self._missed = 0  # calls of earlier starts that are in no entry and in no window
         self._unanswered = 0  # rounds in a row that only waited for an update
@@ -209,6 +211,7 @@ class Coordinator:
         self._check_steps(active, counting)
 
         notices: list[str] = []
+        self._last_call = counting.call
         self._cadence.observe(counting.rhythm)
         self._fold(reports, counting, notices)
 
@@ -249,13 +252,29 @@ class Coordinator:
         notices: Sequence[str] = (),
         active: tuple[int, ...] = (),
     ) -> Decision:
-        manager = self.frequency_manager
         new_epoch = None
         if over.epoch:
             new_epoch = NewEpoch(over.call, max(0, over.call - self._entry_call) + self._missed)
             self._cadence.clear()
             self._steps.clear()
-        state = State(
+        return Decision(
+            protocol=PROTOCOL,
+            run=self._run,
+            round=number,
+            log_ready=ready,
+            lease=lease,
+            state=self._state(),
+            entry=entry,
+            failure=failure,
+            finished=over.run,
+            notices=tuple(notices[:64]),
+            new_epoch=new_epoch,
+            active=active,
+        )
+
+    def _state(self) -> State:
+        manager = self.frequency_manager
+        return State(
             manager.log_frequency,
             self._settings.log_frequency,
             manager.frequency_type,
@@ -266,20 +285,6 @@ class Coordinator:
             self.run_dir,
             self.attempt,
             run_id=self.run_id,
-        )
-        return Decision(
-            protocol=PROTOCOL,
-            run=self._run,
-            round=number,
-            log_ready=ready,
-            lease=lease,
-            state=state,
-            entry=entry,
-            failure=failure,
-            finished=over.run,
-            notices=tuple(notices[:64]),
-            new_epoch=new_epoch,
-            active=active,
         )
 
     @property

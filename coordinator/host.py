@@ -34,6 +34,8 @@ class Host:
         world_size: ranks in the job.
         reserved: the folder that was made for this run, removed again if nothing was put into it.
         clock: gives Unix seconds.
+        recovered: the coordinator goes on where another one was lost, whose entries the sinks may hold already.
+        oldest: of such a one, the first entry that may not be stored yet.
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class Host:
         world_size: int,
         reserved: Path | None = None,
         clock: Callable[[], float] = time.time,
+        recovered: bool = False,
+        oldest: LogEntry | None = None,
     ) -> None:
         self.coordinator = coordinator
+        self._recovered = recovered
         self._sinks = sinks
         self._name = name
         self._world_size = world_size
@@ -55,12 +60,23 @@ class Host:
         self._held: list[LogEntry] = []
         # A rank that leaves in mid-round does so while the transport's thread may still be deciding it.
         self._lock = threading.RLock()
-        self._restores = 0
+        self._restores = coordinator.restores
+        self._durable_seq = (coordinator.next_seq if oldest is None else oldest.seq) - 1
         self._loaded: tuple[State, int] | None = None  # what no round has taken over yet
-        self._last_entry: LogEntry | None = None  # of the state that was loaded last
+        self._last_entry = oldest  # or the last entry of the state that was loaded last
         self._last_reply = b""
         self._closed = self._left = self._detached = False
         sinks.prepare(self._run_info())
+
+    @property
+    def entries_made(self) -> int:
+        """How many entries this start of the job has made."""
+        return self.coordinator.entries_made
+
+    @property
+    def durable_seq(self) -> int:
+        """The `seq` of the last entry that every sink has taken, or lost; -1 if there is none."""
+        return self._durable_seq
 
     @property
     def holds_entry(self) -> bool:
@@ -93,6 +109,15 @@ class Host:
             self.coordinator.detach(rank, max(number, self.coordinator.next_round))
             return self._last_reply if decided else None
 
+    def go_on_here(
+        self,
+        coordinator: Callable[[], Coordinator],  # noqa: ARG002 - this host has its own
+        rank: int,
+        number: int,
+    ) -> tuple[Callable[[Sequence[bytes | bytearray | memoryview]], bytes], bytes | None]:
+        """Go on with `rank` alone; return what decides rounds from now on, and what `detach` returns."""
+        return self.decide_alone, self.detach(rank, number)
+
     def decide_alone(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         """Decide a round after `detach`. Never raises."""
         with self._lock:
@@ -115,7 +140,13 @@ class Host:
         if self.coordinator.restores != self._restores:
             self._restores = self.coordinator.restores
             self._loaded = None
+            self._recovered = False  # what is stored behind the loaded state is to be replaced
+            self._durable_seq = self.coordinator.next_seq - 1
             self._sinks.prepare(self._run_info())
+
+    def hold(self, entry: LogEntry) -> None:
+        """Hold an entry that a coordinator before this one had made."""
+        self._held.append(entry)
 
     def annotate(self, values: Mapping[str, float]) -> None:
         """Add root-side values to the entry just made; without one, say so and drop them.
@@ -143,6 +174,7 @@ class Host:
             held, self._held = self._held, []
             for entry in held:
                 self._sinks.write(entry)
+                self._durable_seq = entry.seq
 
     def leave(self, rank: int, take: Callable[[int], Window], step: Step, call: int) -> None:
         """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more.
@@ -178,10 +210,11 @@ class Host:
             name=self._name,
             attempt=coordinator.attempt,
             world_size=self._world_size,
-            next_seq=coordinator.first_seq,
-            resumed=coordinator.restores > 0,
+            next_seq=self._durable_seq + 1 if self._recovered else coordinator.first_seq,
+            resumed=coordinator.restores > 0 or self._recovered,
             run_id=coordinator.run_id,
             last_entry=self._last_entry,
+            recovered=self._recovered,
         )
 
 

@@ -276,6 +276,8 @@ class Ledger:
             decision = decode_decision(reply)
         except ProtocolError as error:
             raise UnreadableReply(str(error), round=self._round) from error
+        if not self._run:
+            self._round = decision.round  # the first one: where others go on already, it says how far they are
         number, self._round = self._round, self._round + 1
         sent, self._sent_events = self._sent_events, 0
         self._fault = None

@@ -27,7 +27,6 @@ from logsync.coordinator.errors import (
     printable,
 )
 from logsync.coordinator.frequency import FrequencyType, LogStepType
-from logsync.coordinator.host import Host
 from logsync.coordinator.messages import (
     Decision,
     Hello,
@@ -39,6 +38,7 @@ from logsync.coordinator.messages import (
     encode_hello,
 )
 from logsync.workers.absence import Absence
+from logsync.workers.hosting import Hosting
 from logsync.workers.ledger import Ledger
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
@@ -82,7 +82,7 @@ class TrainingLog(Ledger):
         self,
         transport: Transport,
         settings: Settings,
-        host: Host | None,
+        host: Hosting | None,
         *,
         given_run_dir: str | None = None,
         warn_after_s: float = 60.0,
@@ -181,7 +181,7 @@ class TrainingLog(Ledger):
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether the coordinator, and with it the sinks, run in this process."""
+        """Whether this rank speaks for the coordinator, which runs in its process or in an actor: rank 0."""
         return self._host is not None
 
     @property
@@ -348,7 +348,7 @@ class TrainingLog(Ledger):
         return decision
 
     def _entries_made(self) -> int:
-        return self._host.coordinator.entries_made if self._host is not None else 0
+        return self._host.entries_made if self._host is not None else 0
 
     def _tell(self, decision: Decision) -> None:
         for notice in decision.notices:
@@ -495,22 +495,25 @@ class TrainingLog(Ledger):
         self._transport.close()
         self._transport = LocalTransport()
         if self._host is not None:
-            reply = self._host.detach(self._rank, self._round)
-            self._transport.start(self._host.decide_alone)
+            root, reply = self._host.go_on_here(self._alone, self._rank, self._round)
+            self._transport.start(root)
             if reply is not None:
                 return reply
         else:
-            coordinator = Coordinator.alone(
-                self._settings,
-                self._world_size,
-                self._rank,
-                run=self._run,
-                number=self._round,
-                state=self.state,
-                entry_call=self._entry_call,
-            )
+            coordinator = self._alone()
             self._transport.start(lambda frames: coordinator.handle(frames, time.time())[0])
         return self._transport.exchange(frame)
+
+    def _alone(self) -> Coordinator:
+        return Coordinator.alone(
+            self._settings,
+            self._world_size,
+            self._rank,
+            run=self._run,
+            number=self._round,
+            state=self.state,
+            entry_call=self._entry_call,
+        )
 
     # -- beginning and end -------------------------------------------------------------------------------------
 
@@ -524,7 +527,9 @@ class TrainingLog(Ledger):
         hello = encode_hello(Hello(self._rank, self._world_size, version, self._settings))
         try:
             self._transport.start(self._host.handle if self._host is not None else None, self.position)
-            self._accept(self._exchange(hello, patient=False))
+            # As at the end of an epoch: where this process takes the place of one that was lost, the reply says from
+            # what number on it counts.
+            self._accept(self._exchange(hello, patient=False), ended=True)
         except BaseException:
             self._let_go()
             raise

@@ -35,6 +35,8 @@ class RunInfo:
         run_id: names the run, the same over all its starts.
         last_entry: when resumed, the entry before `next_seq`, as it was before `annotate`. A run that was killed at
             its last log may not have stored it.
+        recovered: the root was lost and another one goes on in the same start of the job. All that is stored stays;
+            entries come again, from `next_seq` on, that may be stored already. `last_entry` is the first of them.
     """
 
     run_dir: Path
@@ -45,6 +47,7 @@ class RunInfo:
     resumed: bool
     run_id: str = ""
     last_entry: LogEntry | None = None
+    recovered: bool = False
 
 
 @runtime_checkable

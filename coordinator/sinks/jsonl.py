@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from logsync.coordinator.errors import printable
-from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.messages import INT64_MAX, LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 
 __all__ = ["JsonlSink"]
@@ -48,6 +48,7 @@ class JsonlSink:
         self._path = None if path is None else Path(path).expanduser().absolute()
         self._file: io.FileIO | None = None
         self._torn_at: int | None = None
+        self._stored = -1  # the last seq that was there already, when the root was recovered
 
     def open(self, run: RunInfo) -> None:
         """Make the folder, continue the file or set it aside, and open it for appending."""
@@ -58,25 +59,25 @@ class JsonlSink:
             if not run.resumed or _is_anothers(path, run):
                 _set_aside(path)
             else:
-                newest = _cut_back(path, run.next_seq)
+                newest = _cut_back(path, INT64_MAX if run.recovered else run.next_seq)
         # Unbuffered: one write() per line, and nothing left that a later flush or close could fail to write.
         self._file = path.open("ab", buffering=0)
         self._torn_at = None
-        if newest + 2 == run.next_seq and run.last_entry is not None and run.last_entry.seq == newest + 1:
+        self._stored = newest if run.recovered else -1
+        if run.recovered:
+            _tell_gap(path, newest, run.next_seq)
+        elif newest + 2 == run.next_seq and run.last_entry is not None and run.last_entry.seq == newest + 1:
             self.write(run.last_entry)
-        elif 0 <= newest < run.next_seq - 1:
-            _logger.warning(
-                "%s ends at seq %d and is continued at seq %d: what lies between was never written",
-                path,
-                newest,
-                run.next_seq,
-            )
+        elif newest >= 0:
+            _tell_gap(path, newest, run.next_seq)
 
     def write(self, entry: LogEntry) -> None:
         """Append one line; if that fails, leave the file as it was."""
         if self._file is None:
             msg = "write() on a JsonlSink that is not open"
             raise ValueError(msg)
+        if entry.seq <= self._stored:
+            return
         self._take_back_torn_line(self._file)
         line = _line(entry)
         start = os.fstat(self._file.fileno()).st_size
@@ -144,12 +145,22 @@ def _line(entry: LogEntry) -> bytes:
 
 def _is_anothers(path: Path, run: RunInfo) -> bool:
     """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
-    if run.last_entry is None or run.next_seq != 1:
+    if run.last_entry is None or run.last_entry.seq or run.next_seq > 1:
         return False
     with path.open("rb") as file, contextlib.suppress(*_NOT_JSON):
         first = _begun.decode(file.readline())
         return first.seq == 0 and first.time != run.last_entry.time
     return False
+
+
+def _tell_gap(path: Path, newest: int, next_seq: int) -> None:
+    if newest < next_seq - 1:
+        _logger.warning(
+            "%s ends at seq %d and is continued at seq %d: what lies between was never written",
+            path,
+            newest,
+            next_seq,
+        )
 
 
 def _cut_back(path: Path, next_seq: int) -> int:
