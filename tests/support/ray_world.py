@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -165,9 +167,18 @@ class BreakablePlan:
 class TestedTransport(RayTransport):
     """A RayTransport whose coordinator can be broken."""
 
-    def __init__(self, *arguments: Any, switch: Path, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, rank: int, world_size: int, switch: Path, taken: set[int]) -> None:
+        # Logs that are open at the same time have names of their own. Those that come one after the other share one,
+        # and the process of an actor.
+        self._number = next(number for number in itertools.count() if number not in taken)
+        super().__init__(rank, world_size, name=f"{world_size}-{self._number}")
         self._switch = switch
+        self._taken = taken
+        taken.add(self._number)
+
+    def close(self, reason: str | None = None) -> None:
+        super().close(reason)
+        self._taken.discard(self._number)
 
     def place(self, name: str, *, timeout_s: float, warn_after_s: float, plan: Plan | None) -> Hosting | None:
         host = super().place(name, timeout_s=timeout_s, warn_after_s=warn_after_s, plan=plan)
@@ -180,17 +191,9 @@ class TestedTransport(RayTransport):
 class RayMember(Member):
     """A rank in a worker process of Ray."""
 
-    def __init__(self, rank: int, world_size: int, name: str) -> None:
-        made = 0
-        folder = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))  # noqa: S108
-        self._switch = folder / "broken"
-
-        def make_transport(_: float) -> Transport:
-            nonlocal made
-            made += 1
-            return TestedTransport(rank, world_size, name=f"{name}-{made}", switch=self._switch)
-
-        super().__init__(rank, world_size, make_transport)
+    def __init__(self, rank: int, world_size: int, taken: set[int]) -> None:
+        self._switch = Path(tempfile.gettempdir(), f"logsync-broken-{uuid.uuid4().hex}")
+        super().__init__(rank, world_size, lambda _: TestedTransport(rank, world_size, self._switch, taken))
         self._home = Home(self.entries)
 
     def connect(self, log_frequency: float | None = 1, **options: Any) -> TrainingLog:
@@ -219,11 +222,10 @@ class RankProcess:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._played = 0
+        self._taken: set[int] = set()
 
     def play(self, name: str) -> Any:
-        self._played += 1
-        return play(name, RayMember(self._rank, self._world_size, f"{name}-{self._world_size}-{self._played}"))
+        return play(name, RayMember(self._rank, self._world_size, self._taken))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self._rank, self._world_size, *arguments)
