@@ -102,7 +102,7 @@ class RayTransport:
             self._session.close(reason)
 
 
-class _Actor:
+class LogsyncCoordinator:
     """The process of the coordinator; `RootServer` is what it does."""
 
     def __init__(self, job: str, *, succeeds: bool, stays: bool) -> None:
@@ -140,7 +140,7 @@ class _Line:
             raise LineBroken(msg)
         try:
             self._actor = (
-                ray.remote(_Actor)
+                ray.remote(LogsyncCoordinator)
                 .options(
                     name=self._name,
                     namespace=_NAMESPACE,

@@ -247,7 +247,7 @@ class RankSession:
                 continue
             if answer.kind != "stranger":
                 return answer
-            if self._joined == answer.incarnation:
+            if self._joined == joined:
                 self._joined = ""
             give_up()
 

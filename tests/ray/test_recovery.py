@@ -1,0 +1,80 @@
+"""The coordinator's actor is killed while ranks train: the log is whole all the same, and nobody hangs."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from support.ray_jobs import Kill, Trained, check_file, kill_actor, kill_for_good, kill_process, train
+from support.ray_world import RayWorld, running_ray
+
+SEED = int(os.environ.get("LOGSYNC_FAULT_SEED", "0")) or random.randrange(1, 10**6)
+KILLS = int(os.environ.get("LOGSYNC_RAY_KILLS", "20"))
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with running_ray() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def world(folder: Path) -> RayWorld:
+    return RayWorld(2)
+
+
+def start(world: RayWorld, *arguments: Any) -> list[Any]:
+    return [rank.call.remote(train, *arguments) for rank in world.ranks]
+
+
+def ended(tasks: list[Any], timeout_s: float = 60.0) -> list[Trained]:
+    found: list[Trained] = ray.get(tasks, timeout=timeout_s)
+    return found
+
+
+def wait_for_line(run_dir: Path, number: int, tasks: list[Any]) -> None:
+    deadline = time.monotonic() + 30
+    path = run_dir / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline, "the log does not grow"
+        ended_early = ray.wait(tasks, timeout=0.01)[0]
+        assert not ended_early, ray.get(ended_early)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("kill", [kill_actor, kill_process, kill_for_good])
+def test_a_log_is_whole_after_the_coordinator_was_killed(
+    folder: Path, world: RayWorld, tmp_path: Path, kill: Kill
+) -> None:
+    name = kill.__name__
+    tasks = start(world, str(tmp_path), 60, 0.02, name)
+    wait_for_line(tmp_path, 3, tasks)
+    kill(folder, name)
+
+    check_file(tmp_path, ended(tasks), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 30 * KILLS)
+def test_a_log_is_whole_after_many_kills_at_random_moments(folder: Path, world: RayWorld, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    print(f"LOGSYNC_FAULT_SEED={SEED}")
+    steps = 3000
+    tasks = start(world, str(tmp_path), steps, 0.01, "chaos", 2)
+    wait_for_line(tmp_path, 3, tasks)
+    kills = 0
+    while kills < KILLS and not ray.wait(tasks, timeout=chance.uniform(0.0, 2.0))[0]:
+        kill = chance.choice([kill_actor, kill_process, kill_for_good])
+        kill(folder, "chaos")
+        kills += 1
+    print(f"killed the coordinator {kills} times")
+    assert kills == KILLS, "training was over before; lower the pauses, or raise the steps"
+
+    check_file(tmp_path, ended(tasks, 300), steps, 2)

@@ -1,0 +1,120 @@
+"""What ranks of the Ray tests do, and how the coordinator's actor is found and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from logsync.workers import connect
+
+__all__ = ["Trained", "check_file", "coordinator", "coordinator_pid", "kill_actor", "kill_process", "lines", "train"]
+
+Trained = tuple[list[int], dict[int, dict[str, float]]]
+
+
+def train(
+    rank: int, world_size: int, run_dir: str, steps: int, pause_s: float = 0.0, name: str = "train", every: int = 3
+) -> Trained:
+    """Train so many steps; returns the steps that logged, and every entry's values as this rank saw them."""
+    logged: list[int] = []
+    seen: dict[int, dict[str, float]] = {}
+    options: dict[str, Any] = {"run_dir": run_dir, "sinks": ["jsonl"], "timeout": 30.0, "name": name}
+    with connect(every, transport="ray", rank=rank, world_size=world_size, **options) as log:
+        for step in range(steps):
+            time.sleep(pause_s * (1 + rank))
+            log.record({"made": 1.0}, reduce="sum")
+            log.record({"loss": float(step + rank)})
+            if log.log_ready(step):
+                logged.append(step)
+                assert log.last_entry is not None
+                seen[log.last_entry.seq] = log.last_entry.metrics
+                log.annotate({"lr": 1.0 / (step + 1)})
+    return logged, seen
+
+
+def check_file(run_dir: Path, found: list[Trained], steps: int, every: int = 3) -> None:
+    """Assert that the log is whole: every entry once, with everybody's values, as the ranks saw them."""
+    due = list(range(0, steps, every))
+    entries = lines(run_dir)
+    extra = 0 if due[-1] == steps - 1 else 1  # what is open at the end
+    assert [entry["seq"] for entry in entries] == list(range(len(due) + extra))
+    assert [entry["step"] for entry in entries][: len(due)] == due
+    assert sum(entry["made"] for entry in entries) == steps * len(found)
+    assert not any(entry.get("partial") for entry in entries), entries
+    for logged, seen in found:
+        assert logged == due
+        for entry in entries[: len(due)]:
+            assert seen[entry["seq"]]["loss"] == entry["loss"]
+            assert entry["lr"] == 1.0 / (entry["step"] + 1), "what rank 0 added is missing"
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def coordinator(name: str = "train") -> Any:
+    """Return the handle of the coordinator's actor, waiting for it to come up."""
+    job = ray.get_runtime_context().get_job_id()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return ray.get_actor(f"{job}/{name}", namespace="logsync")
+        except ValueError:
+            assert time.monotonic() < deadline, "the coordinator's actor did not come up"
+            time.sleep(0.05)
+
+
+def kill_actor(_: Path, name: str = "train") -> None:
+    """Kill the actor by Ray, which starts it again."""
+    ray.kill(coordinator(name), no_restart=False)
+
+
+def kill_for_good(_: Path, name: str = "train") -> None:
+    """Kill the actor by Ray, which does not start it again: the ranks do."""
+    ray.kill(coordinator(name), no_restart=True)
+
+
+def kill_process(folder: Path, name: str = "train") -> None:
+    """SIGKILL the actor's process."""
+    coordinator(name)
+    os.kill(coordinator_pid(folder), signal.SIGKILL)
+
+
+def coordinator_pid(folder: Path) -> int:
+    """Return the pid of the one coordinator's actor of the Ray in `folder`, waiting for it to come up."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = [pid for pid in _processes() if _title(pid).startswith("ray::LogsyncCoordinator") and _is_of(pid, folder)]
+        if len(found) == 1:
+            return found[0]
+        assert time.monotonic() < deadline, f"there are {len(found)} coordinators"
+        time.sleep(0.05)
+
+
+def _processes() -> Iterator[int]:
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _is_of(pid: int, folder: Path) -> bool:
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return False
+    return str(folder) in _title(parent)
+
+
+Kill = Callable[..., None]
