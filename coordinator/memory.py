@@ -119,8 +119,8 @@ def recall(data: bytes, settings: Settings, world_size: int, *, keep_run_dir: bo
 def readmit(coordinator: Coordinator, rank: int, hello: bytes) -> bytes:
     """Take in a process that takes the place of `rank` between two rounds; return the reply to its hello.
 
-    The reply tells where the job stands, and from what number on the newcomer counts its calls. What its predecessor had
-    recorded is gone: the next entry is partial. Its step is compared with the others' from the next round on.
+    The reply tells where the job stands, and from what number on the newcomer counts its calls. What its predecessor
+    had recorded is gone: the next entry is partial. Its step is compared with the others' from the next round on.
     """
     c = coordinator
     decision = c._decision(max(0, c.next_round - 1))  # noqa: SLF001

@@ -88,7 +88,7 @@ def choose_transport(
         ConfigError: it is not known, or `rank` and `world_size` are not what it finds.
         LaunchError: the surroundings do not fit it.
     """
-    chosen = _chosen(transport, timeout_s, warn_after_s, process_group, environ, rank, world_size)
+    chosen = _chosen(transport, timeout_s, warn_after_s, process_group, environ, given=(rank, world_size))
     for name, given, found in (("rank", rank, chosen.rank), ("world_size", world_size, chosen.world_size)):
         if given is not None and given != found:
             msg = f"{name}={given!r} was given, but this process has {name} {found} on transport {chosen.name!r}"
@@ -102,8 +102,8 @@ def _chosen(
     warn_after_s: float,
     process_group: object | None,
     environ: Mapping[str, str],
-    rank: int | None,
-    world_size: int | None,
+    *,
+    given: tuple[int | None, int | None],
 ) -> Transport:
     if not isinstance(transport, str):
         if isinstance(transport, type) or not all(
@@ -125,7 +125,7 @@ def _chosen(
     if name == "collective" or process_group is not None or (name == "auto" and _initialized_torch() is not None):
         return _collective(timeout_s, warn_after_s, process_group)
     if name == "ray" or (name == "auto" and _in_ray_train()):
-        return _ray(rank, world_size)
+        return _ray(*given)
     if name == "auto":
         _refuse_lonely_rank(environ)
         _logger.info(

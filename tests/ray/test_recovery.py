@@ -26,7 +26,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def world(folder: Path) -> RayWorld:
+def world(folder: Path) -> RayWorld:  # noqa: ARG001 - it is Ray's, which runs
     return RayWorld(2)
 
 

@@ -19,7 +19,7 @@ __all__ = ["Trained", "check_file", "coordinator", "coordinator_pid", "kill_acto
 Trained = tuple[list[int], dict[int, dict[str, float]]]
 
 
-def train(
+def train(  # noqa: PLR0917 - an actor's call takes no keywords here
     rank: int, world_size: int, run_dir: str, steps: int, pause_s: float = 0.0, name: str = "train", every: int = 3
 ) -> Trained:
     """Train so many steps; returns the steps that logged, and every entry's values as this rank saw them."""
@@ -66,7 +66,7 @@ def coordinator(name: str = "train") -> Any:
     while True:
         try:
             return ray.get_actor(f"{job}/{name}", namespace="logsync")
-        except ValueError:
+        except ValueError:  # noqa: PERF203 - it waits anyway
             assert time.monotonic() < deadline, "the coordinator's actor did not come up"
             time.sleep(0.05)
 
@@ -91,7 +91,9 @@ def coordinator_pid(folder: Path) -> int:
     """Return the pid of the one coordinator's actor of the Ray in `folder`, waiting for it to come up."""
     deadline = time.monotonic() + 30
     while True:
-        found = [pid for pid in _processes() if _title(pid).startswith("ray::LogsyncCoordinator") and _is_of(pid, folder)]
+        found = [
+            pid for pid in _processes() if _title(pid).startswith("ray::LogsyncCoordinator") and _is_of(pid, folder)
+        ]
         if len(found) == 1:
             return found[0]
         assert time.monotonic() < deadline, f"there are {len(found)} coordinators"

@@ -31,9 +31,9 @@ DEADLINE_S = 60.0
 
 @contextlib.contextmanager
 def running_ray(**options: Any) -> Iterator[Path]:
-    """Start a Ray of this process's own on the loopback interface; yields its folder, and takes both away at the end."""
+    """Start a Ray of this process's own; yields its folder, and takes both away at the end."""
     # Short: the paths of sockets are limited to 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))  # noqa: S108
+    folder = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))
     tests = str(Path(__file__).parents[1])
     surroundings = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"}
     try:

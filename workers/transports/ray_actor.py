@@ -57,7 +57,7 @@ class RayTransport:
         name: str | None = None,
     ) -> None:
         if not ray.is_initialized():
-            msg = "transport='ray' needs a Ray job: call ray.init() first, or connect() inside a Ray task, actor or worker"
+            msg = "transport='ray' needs a Ray job: call ray.init() first, or connect() inside a Ray task or actor"
             raise LaunchError(msg)
         self.rank, self.world_size = _own_rank(rank, world_size)
         self._node_id = node_id
@@ -187,7 +187,8 @@ class _Line:
                 msg = f"a sink could not be made in the coordinator's actor: {printable(str(error.cause), 300)}"
                 raise ConfigError(msg) from error
             except ray.exceptions.RayError as error:
-                raise LineBroken(f"{type(error).__name__}: {error}") from error
+                msg = f"{type(error).__name__}: {error}"
+                raise LineBroken(msg) from error
 
         return wait
 

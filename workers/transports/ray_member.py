@@ -1,8 +1,9 @@
-"""A rank's side of the talk with the coordinator's actor, without Ray: ask, ask again, and bring a new actor up to date."""
+"""A rank's side of the talk with the coordinator's actor, without Ray: ask again, and bring a new actor up to date."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import logging
 import os
@@ -156,9 +157,7 @@ class RankSession:
             sent = b"" if too_large else frame
             release = self._unsaid
             turn = self.held.turn
-            return Exchange(
-                self.session, turn, sent, patient, waited_s, too_large, call, step, release, self.loaded
-            )
+            return Exchange(self.session, turn, sent, patient, waited_s, too_large, call, step, release, self.loaded)
 
         answer = self._ask(ask, self._patience(impatient=not patient))
         self._unsaid = None
@@ -236,7 +235,7 @@ class RankSession:
             try:
                 self._join(give_up)
                 joined = self._joined
-                answer = self._wait(self._line.ask(encode(make())), give_up, lambda: self._joined != joined)
+                answer = self._wait(self._line.ask(encode(make())), give_up, joined)
             except LineBroken as error:
                 self._failed(error)
                 give_up()
@@ -272,7 +271,7 @@ class RankSession:
                 return
             if self._plan is not None:
                 self._wait_for(self._line.place(self.session, self._plan), give_up)
-            answer = self._wait(self._line.ask(encode(self._introduction())), give_up, lambda: False)
+            answer = self._wait(self._line.ask(encode(self._introduction())), give_up)
             if answer is not None and answer.kind == "stale":
                 self._line.replace()
                 msg = "the actor was of an earlier job"
@@ -317,15 +316,15 @@ class RankSession:
         )
 
     def _wait(
-        self, wait: Callable[[float], bytes], give_up: Callable[[], object], is_stale: Callable[[], bool]
+        self, wait: Callable[[float], bytes], give_up: Callable[[], object], joined: str | None = None
     ) -> Answer | None:
-        """Return the answer, or None if it is not worth waiting for: another actor has taken over."""
+        """Return the answer, or None if it is not worth waiting for: another actor than `joined` has taken over."""
         while True:
             try:
                 answer = decode_answer(wait(_SLICE_S))
             except TimeoutError:
                 give_up()
-                if is_stale():
+                if joined is not None and self._joined != joined:
                     return None
                 continue
             self._heard = time.monotonic()
@@ -370,25 +369,12 @@ class RankSession:
     def _serve(self) -> None:
         """Keep one poll open at the actor: it tells warnings, and a new actor is told what this rank knows."""
 
-        def give_up() -> None:
-            unsaid = self._unsaid
-            if self._closed.is_set() or self._lost is not None:
-                msg = "closed"
-                raise PeerLost(msg)
-            if unsaid is not None:
-                try:
-                    self._wait(self._line.ask(encode(unsaid)), _deadline(_GOODBYE_S), lambda: False)
-                except (LineBroken, LogsyncError):
-                    return  # the next turn says it
-                if self._unsaid is unsaid:
-                    self._unsaid = None
-
         def poll() -> Poll:
             return Poll(self.session, *self.position())
 
         while True:
             try:
-                answer = self._ask(poll, give_up)
+                answer = self._ask(poll, self._meanwhile)
             except LogsyncError as error:
                 if not self._closed.is_set() and self._lost is None:
                     self._lost = error if isinstance(error, TransportError) else CoordinatorLost(str(error))
@@ -401,6 +387,19 @@ class RankSession:
                 return
             for notice in answer.notices:
                 _logger.warning("%s", printable(notice, 2000))
+
+    def _meanwhile(self) -> None:
+        """While a poll is open: say what is to be said, and end with the log."""
+        if self._closed.is_set() or self._lost is not None:
+            msg = "closed"
+            raise PeerLost(msg)
+        unsaid = self._unsaid
+        if unsaid is None:
+            return
+        with contextlib.suppress(LineBroken, LogsyncError):  # else the next turn says it
+            self._wait(self._line.ask(encode(unsaid)), _deadline(_GOODBYE_S))
+            if self._unsaid is unsaid:
+                self._unsaid = None
 
 
 def _next(held: Held) -> Held:

@@ -169,7 +169,7 @@ class RootServer:
 
     async def _run_for(self, ask: Join) -> Run:
         """Return the run that a newcomer belongs to: the one that goes on, or a new one."""
-        while self._current is None and time.monotonic() < self._graced_until:
+        while self._current is None and time.monotonic() < self._graced_until:  # noqa: ASYNC110 - two events, and a clock
             await asyncio.sleep(0.1)  # for those that know how it stood
         run = self._current
         if run is None or run.is_over:
@@ -197,7 +197,9 @@ class RootServer:
     async def _from_another_job(self, ask: Join) -> Answer:
         run = self._current
         if run is not None and not run.is_over and await self._any_lives(run):
-            msg = f"the name of this log is taken on this cluster, by job {self._job}, whose ranks live; name yours otherwise"
+            msg = (
+                f"the name of this log is taken by job {self._job} of this cluster, whose ranks live; use another name"
+            )
             raise LaunchError(msg, ranks=(ask.rank,))
         if run is not None:
             await run.close()

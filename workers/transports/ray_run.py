@@ -190,7 +190,7 @@ class Run:
             large = next((rank for rank, ask in enumerate(asks) if ask.too_large), None)
             if large is not None:
                 size = asks[large].too_large
-                msg = f"the frame of rank {large} has {size} bytes, {MAX_FRAME} are the most; record fewer metrics per log"
+                msg = f"the frame of rank {large} has {size} bytes, {MAX_FRAME} are the most; record fewer metrics"
                 answer = failed(self._incarnation, FrameTooLarge(msg, ranks=(large,)), self.turn)
             else:
                 reply = await self._work(lambda root: _handled(root, asks))
@@ -392,4 +392,3 @@ def _handled(root: Hosted, asks: list[Exchange]) -> bytes:
     if loaded is not None:
         root.loaded(loaded.state, loaded.last_entry, loaded.call)
     return root.handle([ask.frame for ask in asks])
-

@@ -181,13 +181,12 @@ Ask = Join | Exchange | Poll | Release | Quit | Leave
 class Answer(msgspec.Struct, frozen=True, array_like=True):
     """What the actor says.
 
-    kind "reply": `body` is the root's reply to `turn`, which the rank has completed; "again": all is well;
-"stranger": this actor does not know the session, so join first;
-    "stale": it is an earlier job's, to be replaced; "error": `error` of class `name`, about `ranks`;
-    it ends the session unless it is the agreed FrameTooLarge of a turn.
-
     Attributes:
         incarnation: names the actor's process.
+        kind: "reply": `body` is the root's reply to `turn`, which is complete for the rank; "again": all is well;
+            "stranger": this actor does not know the session, so join first; "stale": it is an earlier job's, to be
+            replaced; "error": `error` of class `name`, about `ranks`. It ends the session unless it is FrameTooLarge,
+            on which all agree.
         entry_seq: of the entry in the reply, -1 if it has none.
         durable_seq, next_seq, entries_made: where the entries stand.
         notices: warnings for this rank to print.
@@ -230,12 +229,14 @@ _ERRORS: dict[str, type[LogsyncError]] = {
 
 def decode_ask(data: bytes) -> Ask:
     """Return what a rank asks; raise `ProtocolError` if these bytes are no question."""
-    return _decoded(_ask, data, "a rank")
+    ask: Ask = _decoded(_ask, data, "a rank")
+    return ask
 
 
 def decode_answer(data: bytes) -> Answer:
     """Return what the actor answers; raise `ProtocolError` if these bytes are no answer."""
-    return _decoded(_answer, data, "the coordinator's actor")
+    answer: Answer = _decoded(_answer, data, "the coordinator's actor")
+    return answer
 
 
 def _decoded(decoder: Any, data: bytes, sender: str) -> Any:
