@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from logsync.workers.testing import SCENARIOS, World
-from support.ray_world import RayWorld, running_ray
+from logsync.workers.testing import SCENARIOS
+from support.ray_world import RayWorld
 from support.worlds import ThreadsWorld
 
 SAME_EVERYWHERE = [
@@ -17,22 +15,16 @@ SAME_EVERYWHERE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, World]]:
-    with running_ray():
-        yield {size: RayWorld(size) for size in (1, 3)}
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_the_transport_keeps_its_promise(worlds: dict[int, World], name: str) -> None:
+def test_the_transport_keeps_its_promise(worlds: dict[int, RayWorld], name: str) -> None:
     SCENARIOS[name].check(worlds[3].run(name))
 
 
 @pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.least_ranks == 1])
-def test_the_transport_keeps_its_promise_for_one_rank(worlds: dict[int, World], name: str) -> None:
+def test_the_transport_keeps_its_promise_for_one_rank(worlds: dict[int, RayWorld], name: str) -> None:
     SCENARIOS[name].check(worlds[1].run(name))
 
 
 @pytest.mark.parametrize("name", SAME_EVERYWHERE)
-def test_a_schedule_has_the_same_outcome_to_the_bit_as_among_threads(worlds: dict[int, World], name: str) -> None:
+def test_a_schedule_has_the_same_outcome_to_the_bit_as_among_threads(worlds: dict[int, RayWorld], name: str) -> None:
     assert worlds[3].run(name) == ThreadsWorld(3).run(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,10 @@ import pytest
 import ray
 
 from support.ray_jobs import Kill, Trained, check_file, kill_actor, kill_for_good, kill_process, train
-from support.ray_world import RayWorld, running_ray
+from support.ray_world import RayWorld
 
 SEED = int(os.environ.get("LOGSYNC_FAULT_SEED", "0")) or random.randrange(1, 10**6)
 KILLS = int(os.environ.get("LOGSYNC_RAY_KILLS", "20"))
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with running_ray() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def world(folder: Path) -> RayWorld:  # noqa: ARG001 - it is Ray's, which runs
-    return RayWorld(2)
 
 
 def start(world: RayWorld, *arguments: Any) -> list[Any]:
@@ -51,19 +39,19 @@ def wait_for_line(run_dir: Path, number: int, tasks: list[Any]) -> None:
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("kill", [kill_actor, kill_process, kill_for_good])
 def test_a_log_is_whole_after_the_coordinator_was_killed(
-    folder: Path, world: RayWorld, tmp_path: Path, kill: Kill
+    ray_folder: Path, world: RayWorld, tmp_path: Path, kill: Kill
 ) -> None:
     name = kill.__name__
     tasks = start(world, str(tmp_path), 60, 0.02, name)
     wait_for_line(tmp_path, 3, tasks)
-    kill(folder, name)
+    kill(ray_folder, name)
 
     check_file(tmp_path, ended(tasks), 60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 + 30 * KILLS)
-def test_a_log_is_whole_after_many_kills_at_random_moments(folder: Path, world: RayWorld, tmp_path: Path) -> None:
+def test_a_log_is_whole_after_many_kills_at_random_moments(ray_folder: Path, world: RayWorld, tmp_path: Path) -> None:
     chance = random.Random(SEED)
     print(f"LOGSYNC_FAULT_SEED={SEED}")
     steps = 3000
@@ -72,7 +60,7 @@ def test_a_log_is_whole_after_many_kills_at_random_moments(folder: Path, world: 
     kills = 0
     while kills < KILLS and not ray.wait(tasks, timeout=chance.uniform(0.0, 2.0))[0]:
         kill = chance.choice([kill_actor, kill_process, kill_for_good])
-        kill(folder, "chaos")
+        kill(ray_folder, "chaos")
         kills += 1
     print(f"killed the coordinator {kills} times")
     assert kills == KILLS, "training was over before; lower the pauses, or raise the steps"
