@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from logsync.workers import connect
+from logsync.workers.transports.ray_actor import RayTransport
 
 __all__ = ["Trained", "check_file", "coordinator", "coordinator_pid", "kill_actor", "kill_process", "lines", "train"]
 
@@ -20,13 +21,21 @@ Trained = tuple[list[int], dict[int, dict[str, float]]]
 
 
 def train(  # noqa: PLR0917 - an actor's call takes no keywords here
-    rank: int, world_size: int, run_dir: str, steps: int, pause_s: float = 0.0, name: str = "train", every: int = 3
+    rank: int,
+    world_size: int,
+    run_dir: str,
+    steps: int,
+    pause_s: float = 0.0,
+    name: str = "train",
+    every: int = 3,
+    node_id: str | None = None,
 ) -> Trained:
     """Train so many steps; returns the steps that logged, and every entry's values as this rank saw them."""
     logged: list[int] = []
     seen: dict[int, dict[str, float]] = {}
-    options: dict[str, Any] = {"run_dir": run_dir, "sinks": ["jsonl"], "timeout": 30.0, "name": name}
-    with connect(every, transport="ray", rank=rank, world_size=world_size, **options) as log:
+    options: dict[str, Any] = {"run_dir": run_dir, "sinks": ["jsonl"], "timeout": 60.0, "name": name}
+    transport = RayTransport(rank, world_size, node_id=node_id)
+    with connect(every, transport=transport, **options) as log:
         for step in range(steps):
             time.sleep(pause_s * (1 + rank))
             log.record({"made": 1.0}, reduce="sum")

@@ -120,6 +120,10 @@ class LogsyncCoordinator:
     async def place(self, session: str, plan: Plan) -> None:
         self._server.place(session, plan)
 
+    async def node(self) -> str:
+        """Return the node that it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
 
 class _Line:
     """The way to the actor of one name; see `Line`."""
