@@ -23,6 +23,7 @@ from support.ray_world import RankProcess
 def main() -> None:
     run_dir = Path(sys.argv[1])
     folder = tempfile.mkdtemp(prefix="ls", dir="/tmp")
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where the cluster leaves its address  # noqa: S108
     memory = 80 * 2**20
     head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": folder, "object_store_memory": memory}
     cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -106,8 +107,9 @@ class LogsyncCoordinator:
     """The process of the coordinator; `RootServer` is what it does."""
 
     def __init__(self, job: str, *, succeeds: bool, stays: bool) -> None:
-        context = ray.get_runtime_context()
-        again = bool(context.was_current_actor_reconstructed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it uses what Ray itself deprecates
+            again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
         def end() -> None:
             ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
