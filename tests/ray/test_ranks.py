@@ -97,7 +97,9 @@ def test_different_settings_of_a_process_that_comes_back_are_refused(world: RayW
     assert "timeout is 20.0 on rank 0, but rank 1: 21.0" in text
 
 
-def come_back(rank: int, world_size: int, name: str, run_dir: str, first: int, last: int) -> list[int]:
+def come_back(  # noqa: PLR0917 - an actor's call takes no keywords here
+    rank: int, world_size: int, name: str, run_dir: str, first: int, last: int
+) -> list[int]:
     logged = []
     with connect(2, **options(rank, world_size, name, sinks=["jsonl"], run_dir=run_dir)) as log:
         for step in range(first, last):

@@ -39,11 +39,9 @@ def main() -> None:
 
         # Both ranks on the first node, the coordinator on the second, which is lost.
         ranks = [RankProcess.options(scheduling_strategy=on(nodes[0])).remote(rank, 2) for rank in range(2)]
-        tasks = [
-            rank.call.remote(train, str(run_dir / "lost"), 100, 0.02, "lost", 3, other.node_id) for rank in ranks
-        ]
+        tasks = [rank.call.remote(train, str(run_dir / "lost"), 100, 0.02, "lost", 3, other.node_id) for rank in ranks]
         log = run_dir / "lost" / "metrics.jsonl"
-        while not log.exists() or log.read_bytes().count(b"\n") < 3:  # noqa: PLR2004 - it is under way
+        while not log.exists() or log.read_bytes().count(b"\n") < 3:
             assert not ray.wait(tasks, timeout=0.02)[0], "training ended, or failed, at once"
         where = ray.get(coordinator("lost").node.remote(), timeout=30)
         assert where == other.node_id, f"the coordinator is on node {where}, not on {other.node_id}"
@@ -52,7 +50,7 @@ def main() -> None:
         assert ray.get(coordinator("lost").node.remote(), timeout=30) == nodes[0]
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
         shutil.rmtree(folder, ignore_errors=True)
     print("whole", time.strftime("%H:%M:%S"), os.getpid())
 

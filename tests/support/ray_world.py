@@ -215,10 +215,7 @@ class RayMember(Member):
         self._switch.unlink(missing_ok=True)
 
 
-@ray.remote(num_cpus=0)
-class RankProcess:
-    """A worker process that is one rank."""
-
+class _RankProcess:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
@@ -232,6 +229,10 @@ class RankProcess:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+RankProcess: Any = ray.remote(num_cpus=0)(_RankProcess)
+"""A worker process that is one rank."""
 
 
 class RayWorld:
