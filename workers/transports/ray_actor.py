@@ -136,7 +136,7 @@ class _Line:
         self.node = str(context.get_node_id())
         # By its job, where it does not outlive that: two jobs on one cluster never meet.
         self._name = name if detached else f"{self.job}/{name}"
-        self._node_id = node_id or self.node
+        self._node_id = node_id
         self._detached = detached
         self._actor: Any = None
 
@@ -144,6 +144,9 @@ class _Line:
         if not ray.is_initialized():
             msg = "ray.shutdown() was called"
             raise LineBroken(msg)
+        # An actor without CPUs ignores a soft wish for another node than its creator's (ray 2.60). A hard one is not
+        # kept for long: when that node is lost, the next actor is made anywhere.
+        where, self._node_id = self._node_id, None
         try:
             self._actor = (
                 ray.remote(LogsyncCoordinator)
@@ -157,7 +160,7 @@ class _Line:
                     max_task_retries=0,
                     num_cpus=0,
                     max_concurrency=_MOST_CALLS,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(self._node_id, soft=True),
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(where or self.node, soft=where is None),
                 )
                 .remote(self.job, succeeds=succeeds, stays=self._detached)
             )
