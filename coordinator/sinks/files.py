@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -110,10 +110,21 @@ def open_for(run: RunInfo, path: Path, read: Reader) -> Appender:
     return Appender(path)
 
 
-def set_aside(path: Path) -> None:
-    """Rename what an earlier run left at `path` to the next free number, and say so."""
+def set_aside(path: Path, files: Sequence[Path] | None = None) -> None:
+    """Rename what an earlier run left at `path` to the next free number, and say so.
+
+    Args:
+        files: if given, `path` is a folder, and only these files of it move; it stays.
+    """
+    if files is not None and not files:
+        return
     aside = _free_name(path)
-    path.rename(aside)
+    if files is None:
+        path.rename(aside)
+    else:
+        aside.mkdir()
+        for file in files:
+            file.rename(aside / file.name)
     _logger.warning(
         "%s held a log that this run does not continue; it is now %s. To continue a log, give the state of its "
         "checkpoint to load_state_dict() before the first log_ready()",
