@@ -16,7 +16,7 @@ import msgspec
 from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
-from logsync.coordinator.sinks.trackers import Axis, LastLogged, flat, require
+from logsync.coordinator.sinks.trackers import Axis, LastLogged, Replay, flat, require
 
 __all__ = ["MlflowSink"]
 
@@ -56,7 +56,7 @@ class MlflowSink:
         self._client: Any = None
         self._uri = ""
         self._run_id = ""
-        self._logged: LastLogged | None = None
+        self._replay: Replay | None = None
         self._axis = Axis()
         self._names = _Names()
 
@@ -80,9 +80,7 @@ class MlflowSink:
         if held is not None:
             self._axis = Axis(fractions=held.fractions)
             self._axis.place(held.seq, held.step)
-        self._logged = held if run.resumed and held is not None and held.seq >= run.next_seq else None
-        if self._logged is not None:
-            _logger.info("MLflow holds entries up to seq %d of this run; they are not logged again", self._logged.seq)
+        self._replay = Replay("MLflow", run, held)
         self._client = client
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
@@ -106,10 +104,8 @@ class MlflowSink:
     def write(self, entry: LogEntry) -> None:
         """Log the entry, unless the run holds it from before a resume."""
         client = self._opened()
-        if self._logged is not None:
-            if self._logged.covers(entry):
-                return
-            self._logged = None
+        if self._replay is not None and self._replay.covers(entry):
+            return
         self._check_it_answers()
         place = self._axis.place(entry.seq, entry.step)
         milliseconds = round(entry.time * 1000)

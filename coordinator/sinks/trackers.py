@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -10,8 +11,11 @@ import msgspec
 
 from logsync.coordinator.errors import ConfigError, Step
 from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.sinks.base import RunInfo
 
-__all__ = ["Axis", "LastLogged", "flat", "require"]
+__all__ = ["Axis", "LastLogged", "Replay", "flat", "require"]
+
+_logger = logging.getLogger(__name__)
 
 _FRACTION = 1_000_000
 _FARTHEST = 2**63 - 1
@@ -48,17 +52,44 @@ class Axis:
 
 
 class LastLogged(msgspec.Struct, frozen=True):
-    """The newest entry that a tracker holds which cannot forget any, and where it stands on the axis."""
+    """The newest entry that a tracker holds, and whether it stands on an axis of fractions."""
 
     seq: int
     step: Step = None
     fractions: bool = False
 
+
+class Replay:
+    """Tells which entries of a resumed run its tracker, which cannot forget any, holds already.
+
+    Those are the ones that the first attempt logged after the checkpoint, found again by their `seq`; and where the
+    job resumes at another pace, so that numbers and steps no longer fit together, all of the steps it had covered.
+    """
+
+    def __init__(self, tracker: str, run: RunInfo, held: LastLogged | None) -> None:
+        self._held: LastLogged | None = None
+        if run.resumed and held is not None and held.seq >= run.next_seq:
+            self._held = held
+            _logger.info("%s holds entries up to seq %d of this run; they are not logged again", tracker, held.seq)
+
     def covers(self, entry: LogEntry) -> bool:
-        """Say whether a resumed run has logged `entry` already, or its stretch of steps at another pace."""
-        if self.step is None or entry.step is None or self.step == entry.step:
-            return entry.seq <= self.seq
-        return entry.step < self.step
+        """Say whether the tracker holds `entry`. Entries come in order, and once it lacks one it lacks the rest."""
+        held = self._held
+        if held is None:
+            return False
+        if (entry.seq, entry.step) == (held.seq, held.step):
+            self._held = None
+            return True
+        if _reaches(held, entry):
+            return True
+        self._held = None
+        return False
+
+
+def _reaches(held: LastLogged, entry: LogEntry) -> bool:
+    if held.step is None or entry.step is None:
+        return held.seq >= entry.seq
+    return held.step >= entry.step
 
 
 class _Value(NamedTuple):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
-from logsync.coordinator.sinks.files import replace
-from logsync.coordinator.sinks.trackers import LastLogged, flat, require
+from logsync.coordinator.sinks.trackers import LastLogged, Replay, flat, require
+from logsync.coordinator.sinks.wandb_files import history
 
 __all__ = ["WandbSink"]
 
-_logger = logging.getLogger(__name__)
-
+_INIT_S = 30.0
 _FINISH_S = 30.0
 
 
@@ -33,18 +28,17 @@ class WandbSink:
 
     `WANDB_MODE`, `WANDB_DIR`, `WANDB_NAME`, `WANDB_RUN_ID` and W&B's other variables are honoured; files go to
     `run_dir/wandb` and the name is the run folder's otherwise. Nobody is ever asked for a key: without one, and not
-    offline, `open` raises and says so. `close` waits 30 s for uploads (`WANDB_FINISH_TIMEOUT` changes that); what is
-    not uploaded by then stays on disk for `wandb sync`. The console is not captured unless `WANDB_CONSOLE` says so.
+    offline, `open` raises and says so. It gives up on a server that is silent for 30 s (`WANDB_INIT_TIMEOUT`), `close`
+    on uploads that take longer than 30 s (`WANDB_FINISH_TIMEOUT`); those stay on disk for `wandb sync`. The console is
+    not captured unless `WANDB_CONSOLE` says so.
     """
 
     def __init__(self, project: str | None = None) -> None:
         self._project = project
         require("wandb", "wandb")
         self._run: Any = None
-        self._next_seq = 0
-        self._logged: LastLogged | None = None
+        self._replay: Replay | None = None
         self._last_step: int | float | None = None
-        self._notebook: Path | None = None
 
     def load(self) -> None:
         """Import wandb."""
@@ -78,12 +72,9 @@ class WandbSink:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("seq", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        self._notebook = Path(self._run.dir).parents[1] / f"logsync-{self._run.id}.json" if self._run.offline else None
-        held = self._held() if run.resumed else None
+        held = _held(self._run) if run.resumed else None
+        self._replay = Replay("W&B", run, held)
         self._last_step = None if held is None else held.step
-        self._logged = held if held is not None and held.seq >= run.next_seq else None
-        if self._logged is not None:
-            _logger.info("W&B holds entries up to seq %d of this run; they are not logged again", self._logged.seq)
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Put them into the run's config."""
@@ -92,19 +83,14 @@ class WandbSink:
     def write(self, entry: LogEntry) -> None:
         """Log the entry, unless the run holds it from before a resume."""
         run = self._opened()
-        if self._logged is not None:
-            if self._logged.covers(entry):
-                return
-            self._logged = None
+        if self._replay is not None and self._replay.covers(entry):
+            return
         step = entry.step
         if step is None:  # a point that lacks its axis is not drawn
             step = entry.seq if self._last_step is None else self._last_step
         else:
             self._last_step = step
         run.log({**entry.metrics, "step": step, "seq": entry.seq})
-        if self._notebook is not None:
-            with contextlib.suppress(OSError):  # the entry is logged; a retry would log it twice
-                replace(self._notebook, msgspec.json.encode(LastLogged(entry.seq, entry.step)))
 
     def close(self) -> None:
         """Finish the run; what was not uploaded in time stays on disk. A second call does nothing."""
@@ -118,20 +104,25 @@ class WandbSink:
             raise ValueError(msg)
         return self._run
 
-    def _held(self) -> LastLogged | None:
-        """Return the newest entry that W&B holds from before the resume."""
-        if self._notebook is not None:  # offline, nobody else knows
-            with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
-                return msgspec.json.decode(self._notebook.read_bytes(), type=LastLogged)
-            return None
-        seq, step = self._run.summary.get("seq"), self._run.summary.get("step")
-        return None if seq is None else LastLogged(int(seq), step)
+
+def _held(run: Any) -> LastLogged | None:
+    """Return the newest entry that W&B holds from before the resume."""
+    if run.offline:  # nobody else knows
+        last = None
+        for row in history(Path(run.dir).parents[1], run.id):
+            last = row if "seq" in row else last
+    else:
+        last = {key: run.summary.get(key) for key in ("seq", "step")}
+    if last is None or last["seq"] is None:
+        return None
+    return LastLogged(int(last["seq"]), last.get("step"))
 
 
 def _settings() -> dict[str, object]:
     """Return settings that keep W&B off the console and out of the way, where the user has not chosen otherwise."""
     wanted: dict[str, object] = {
         "console": "off",
+        "init_timeout": _INIT_S,
         "finish_timeout": _FINISH_S,
         "finish_timeout_raises": True,
         "reinit": "create_new",
