@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.sinks import entry, run
 
 from logsync.coordinator.errors import ConfigError, Step
 from logsync.coordinator.sinks.base import make_sink
 from logsync.coordinator.sinks.trackers import LastLogged, Replay, flat, require
+from support.sinks import entry, run
 
 Points = list[tuple[int, Step]]
 
