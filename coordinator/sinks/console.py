@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -29,7 +31,8 @@ class ConsoleSink:
     printed as a line. In a pipe or a file every entry is one line without colours:
     `logsync train step=50 seq=1 train/loss=0.1234`.
 
-    Values have four significant digits: this is for reading. The exact numbers are in `metrics.jsonl`.
+    Progress bars of tqdm on the same terminal stay below what is printed. Values have four significant digits: this
+    is for reading. The exact numbers are in `metrics.jsonl`.
     """
 
     def __init__(self) -> None:
@@ -98,7 +101,19 @@ class ConsoleSink:
 
 
 def _print(console: Console, text: Text) -> None:
-    console.print(text, soft_wrap=True)  # rich would fold at 80 columns where there is no terminal
+    with _bars_out_of_the_way(console):
+        console.print(text, soft_wrap=True)  # rich would fold at 80 columns where there is no terminal
+
+
+@contextlib.contextmanager
+def _bars_out_of_the_way(console: Console) -> Iterator[None]:
+    """Have the progress bars of tqdm, if the script draws some, make room on a terminal and come again below."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if not console.is_terminal or not getattr(tqdm, "_instances", None):
+        yield
+        return
+    with tqdm.external_write_mode(file=console.file):
+        yield
 
 
 def _row(cells: dict[str, str], widths: dict[str, int], style: str = "") -> Text:

@@ -70,7 +70,7 @@ class MlflowSink:
         self.load()
         self._uri = self._given_uri or self._mlflow.get_tracking_uri()
         self._check_it_answers()
-        client = self._mlflow.MlflowClient(tracking_uri=self._uri)
+        client = self._new_client()
         found = _found_or_new(client, run)
         if found.info.status != "RUNNING":
             client.update_run(found.info.run_id, status="RUNNING")
@@ -134,6 +134,17 @@ class MlflowSink:
             raise ValueError(msg)
         return self._client
 
+    def _new_client(self) -> Any:
+        try:
+            return self._mlflow.MlflowClient(tracking_uri=self._uri)
+        except Exception as error:
+            msg = (
+                f"MLflow cannot keep runs at {_without_password(self._uri)}. mlflow-skinny, which logsync[mlflow] "
+                'installs, only speaks to servers: give the address of one, as "mlflow:http://..." or in '
+                "MLFLOW_TRACKING_URI, or install the whole of mlflow"
+            )
+            raise RuntimeError(msg) from error
+
     def _check_it_answers(self) -> None:
         """Raise ConnectionError unless the server gives an answer, whichever, to one short question."""
         where = urlsplit(self._uri)
@@ -151,9 +162,13 @@ class MlflowSink:
                 raise_on_status=False,
             )
         except Exception as error:
-            shown = f"{where.scheme}://{where.hostname}:{where.port or '(default port)'}"  # a URI may hold a password
-            msg = f"the MLflow server at {shown} did not answer within {timeout_s} s"
+            msg = f"the MLflow server at {_without_password(self._uri)} did not answer within {timeout_s} s"
             raise ConnectionError(msg) from error
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _found_or_new(client: Any, run: RunInfo) -> Any:

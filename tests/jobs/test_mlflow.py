@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.sinks import entry, feed, run
 
 from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import SinkSet
 from logsync.coordinator.sinks.mlflow import MlflowSink
+from support.sinks import entry, feed, run
 
 _START_S = 90
 
@@ -38,8 +38,8 @@ class Server:
     def ask(self, path: str, body: dict[str, object] | None = None, **query: str) -> dict[str, Any]:
         url = f"{self.uri}/api/2.0/mlflow/{path}?{urllib.parse.urlencode(query)}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our server
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
             found: dict[str, Any] = json.load(answer)
         return found
 
@@ -92,7 +92,7 @@ def wait_for_health(url: str, process: subprocess.Popen[bytes], log: Path) -> No
     while True:
         assert process.poll() is None, log.read_text()
         try:
-            with urllib.request.urlopen(url, timeout=1):
+            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our server
                 return
         except OSError:
             assert time.monotonic() < end, log.read_text()
@@ -211,7 +211,7 @@ def test_hyperparameters_are_parameters_and_the_first_value_stays(
     (found,) = log.server.runs(log.run_id)
     params = {param["key"]: param["value"] for param in found["data"]["params"]}
     assert params == {"lr": "0.1", "optimizer/name": "adam", **{k: str(v) for k, v in many.items()}, "text": "x" * 6000}
-    assert [message for message in caplog.messages if "keeps the old values" in message][0].endswith(": lr")
+    assert next(message for message in caplog.messages if "keeps the old values" in message).endswith(": lr")
 
 
 # Resume
@@ -306,6 +306,11 @@ def test_a_server_that_never_answers_or_is_not_there_is_an_error_without_its_pas
 
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
     assert f"the MLflow server at http://127.0.0.1:{port} did not answer" in caplog.text
+
+
+def test_where_mlflow_can_keep_nothing_the_error_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot keep runs at nowhere://host/x\. .* MLFLOW_TRACKING_URI"):
+        MlflowSink("nowhere://me:secret@host/x").open(run(tmp_path))
 
 
 def test_the_environment_is_not_changed(log: Logging) -> None:
