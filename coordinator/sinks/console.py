@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -108,7 +109,7 @@ def _print(console: Console, text: Text) -> None:
 @contextlib.contextmanager
 def _bars_out_of_the_way(console: Console) -> Iterator[None]:
     """Have the progress bars of tqdm, if the script draws some, make room on a terminal and come again below."""
-    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if not console.is_terminal or not getattr(tqdm, "_instances", None):
         yield
         return

@@ -167,8 +167,7 @@ class MlflowSink:
 
 
 def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return printable(re.sub("//[^/]*@", "//", uri))
 
 
 def _found_or_new(client: Any, run: RunInfo) -> Any:

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Server:
     uri: str
     group: int
 
-    def ask(self, path: str, body: dict[str, object] | None = None, **query: str) -> dict[str, Any]:
+    def ask(self, path: str, body: Mapping[str, object] | None = None, **query: str) -> dict[str, Any]:
         url = f"{self.uri}/api/2.0/mlflow/{path}?{urllib.parse.urlencode(query)}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our server
