@@ -40,8 +40,8 @@ class TensorboardSink:
     returns, and on the disk after `close`.
 
     A resumed run cuts its old event files back to its first `seq`, and a TensorBoard that has read them already is told
-    to forget the same points (what is known as `purge_step`); some versions do so only when they are restarted. A run
-    that is not resumed moves event files of an earlier one to `tb.1`, or the next free number; event files of other
+    to forget the same points (what is known as `purge_step`); its fast reader, the default, does so only where the same
+    steps come again, or when it is restarted. A run that is not resumed moves event files of an earlier one to `tb.1`, or the next free number; event files of other
     programs in the folder are not touched.
     """
 
