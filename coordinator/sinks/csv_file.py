@@ -74,14 +74,13 @@ def _records(file: BinaryIO) -> Iterator[Record]:
     def decoded() -> Iterator[str]:
         for line in file:
             lines.append(line)
-            # A line of zeros, which a crash can leave, ends csv's reading in some Pythons.
-            yield line.decode(errors="replace").replace("\0", "\ufffd")
+            yield line.decode(errors="replace")
 
     rows = csv.reader(decoded())
     while True:
         try:
             row = next(rows, None)
-        except csv.Error:
+        except csv.Error:  # zeros, which a crash can leave, in some Pythons
             row = []
         if row is None:
             return

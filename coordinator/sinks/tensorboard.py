@@ -40,9 +40,9 @@ class TensorboardSink:
     returns, and on the disk after `close`.
 
     A resumed run cuts its old event files back to its first `seq`, and a TensorBoard that has read them already is told
-    to forget the same points (what is known as `purge_step`); its fast reader, the default, does so only where the same
-    steps come again, or when it is restarted. A run that is not resumed moves event files of an earlier one to `tb.1`, or the next free number; event files of other
-    programs in the folder are not touched.
+    to forget the same points (what is known as `purge_step`); its fast reader, the default, does so only where the
+    same steps come again, or when it is restarted. A run that is not resumed moves event files of an earlier one to
+    `tb.1`, or the next free number. Event files of other programs in the folder are not touched.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:

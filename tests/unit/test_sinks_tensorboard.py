@@ -128,6 +128,10 @@ def test_points_between_the_new_steps_go_when_the_job_resumes_at_another_pace(tm
     feed(TensorboardSink, run(tmp_path, 3, resumed=True), *(entry(seq, {"loss": 9.0}, step=seq * 15) for seq in (3, 4)))
 
     assert scalars(tmp_path / "tb")["loss"] == [(0, 0.0), (10, 0.5), (20, 1.0), (45, 9.0), (60, 9.0)]
+    # TensorBoard's fast reader purges nothing, so the old points must not be in the files any more.
+    reader: Any = event_accumulator.EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=False)
+    reader.Reload()
+    assert [point.step for point in reader.Scalars("loss")] == [0, 10, 20, 45, 60]
 
 
 def test_an_entry_before_the_checkpoint_survives_one_of_the_same_step_after_it(tmp_path: Path) -> None:
