@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -21,14 +21,11 @@ from logsync.coordinator.sinks.trackers import Axis, LastLogged, Replay, flat, r
 __all__ = ["MlflowSink"]
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 _RUN_TAG = "logsync.run_id"
 _LAST_TAG = "logsync.last_entry"
 _ANSWER_S = 10
-# MLflow's own limits on one request and on a name.
-_METRICS_PER_REQUEST = 900
-_PARAMS_PER_REQUEST = 100
+# MLflow's own limits.
 _LONGEST_NAME = 250
 _LONGEST_PARAM = 6000
 _FORBIDDEN = re.compile(r"[^\w.\- :/]")
@@ -98,8 +95,7 @@ class MlflowSink:
                 printable(", ".join(changed)),
             )
         new = [self._mlflow.entities.Param(name, text) for name, text in wanted.items() if name not in held]
-        for some in _parts(new, _PARAMS_PER_REQUEST):
-            client.log_batch(self._run_id, params=some)
+        client.log_batch(self._run_id, params=new)
 
     def write(self, entry: LogEntry) -> None:
         """Log the entry, unless the run holds it from before a resume."""
@@ -116,10 +112,7 @@ class MlflowSink:
         last = LastLogged(entry.seq, entry.step, self._axis.fractions)
         tag = self._mlflow.entities.RunTag(_LAST_TAG, msgspec.json.encode(last).decode())
         # The same entry sent twice is one to MLflow, so a retry doubles nothing.
-        *first, final = list(_parts(metrics, _METRICS_PER_REQUEST)) or [[]]
-        for some in first:
-            client.log_batch(self._run_id, metrics=some)
-        client.log_batch(self._run_id, metrics=final, tags=[tag])
+        client.log_batch(self._run_id, metrics=metrics, tags=[tag])
 
     def close(self) -> None:
         """Mark the run as finished; a second call does nothing."""
@@ -223,8 +216,3 @@ def _last_logged(text: str) -> LastLogged | None:
         return msgspec.json.decode(text, type=LastLogged)
     except msgspec.DecodeError:
         return None
-
-
-def _parts(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -192,11 +192,11 @@ def test_every_name_arrives_even_where_two_would_become_one(log: Logging) -> Non
     assert {"lead", "a/b", "a/__/b", "é ü"} <= set(values)
 
 
-def test_an_entry_with_more_metrics_than_a_request_takes_is_split(log: Logging) -> None:
-    log.start(entry(0, {f"m{n}": float(n) for n in range(901)}))
+def test_an_entry_with_more_metrics_than_a_request_takes_arrives_whole(log: Logging) -> None:
+    log.start(entry(0, {f"m{n}": float(n) for n in range(1100)}))
 
     (found,) = log.server.runs(log.run_id)
-    assert sorted(metric["value"] for metric in found["data"]["metrics"]) == [float(n) for n in range(901)]
+    assert sorted(metric["value"] for metric in found["data"]["metrics"]) == [float(n) for n in range(1100)]
 
 
 def test_hyperparameters_are_parameters_and_the_first_value_stays(
@@ -231,12 +231,20 @@ def test_a_resumed_job_continues_its_run_and_doubles_no_step(log: Logging, *, ki
     assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5), (40, 2.0), (50, -1.0), (60, -1.0)]
 
 
-def test_a_resume_at_another_pace_doubles_no_step_and_remembers_fractions(log: Logging) -> None:
-    log.start(entry(0, step=0), entry(1, step=0.5), entry(2, step=1.0), close=False)
+def test_a_resume_at_another_pace_doubles_no_step(log: Logging) -> None:
+    log.start(entry(0, step=0), entry(1, step=0.5), entry(2, step=1), close=False)
 
     log.start(*(entry(seq, step=seq / 4) for seq in range(2, 6)), entry(6, step=2), next_seq=2, resumed=True)
 
     assert [step for step, _ in log.points("loss")] == [0, 500_000, 1_000_000, 1_250_000, 2_000_000]
+
+
+def test_fractions_are_remembered_over_a_resume(log: Logging) -> None:
+    log.start(entry(0, step=0.5), entry(1, step=1))
+
+    log.start(entry(2, step=2), entry(3, step=None), next_seq=2, resumed=True)
+
+    assert [step for step, _ in log.points("loss")] == [500_000, 1_000_000, 2_000_000, 2_000_000]
 
 
 def test_an_entry_that_is_sent_twice_is_one(log: Logging) -> None:
