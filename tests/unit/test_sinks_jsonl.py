@@ -116,6 +116,28 @@ def test_a_line_break_in_a_name_does_not_break_the_line(tmp_path: Path, file: Pa
     assert strict(file.read_bytes())["a\nb\r\u2028"] == 1.0
 
 
+def test_hyperparameters_are_a_file_beside_it_and_whole_at_any_time(tmp_path: Path, file: Path) -> None:
+    sink = JsonlSink()
+    sink.open(run(tmp_path))
+    sink.hyperparams({"lr": 0.1, "optimizer": {"name": "adam"}})
+    sink.hyperparams({"lr": 0.2, "optimizer": {"name": "sgd"}})
+    sink.close()
+
+    assert strict((tmp_path / "hyperparams.json").read_bytes()) == {"lr": 0.2, "optimizer": {"name": "sgd"}}
+    assert file.read_bytes() == b""
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "hyperparams.json"}
+
+
+def test_hyperparameters_are_valid_json_whatever_they_are(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "my.jsonl")
+    sink.open(run(tmp_path / "unused"))
+    sink.hyperparams({"betas": (0.9, 0.99), "path": Path("x"), "none": None, "nan": math.nan, "kind": int})
+    sink.close()
+
+    found = strict((tmp_path / "hyperparams.json").read_bytes())
+    assert found == {"betas": [0.9, 0.99], "path": "x", "none": None, "nan": None, "kind": "<class 'int'>"}
+
+
 # Where it goes
 
 
