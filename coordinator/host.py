@@ -15,7 +15,8 @@ import msgspec
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window
-from logsync.coordinator.sinks.base import RunInfo, SinkSet
+from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 
 __all__ = ["Host", "reserve_run_dir"]
 

@@ -23,7 +23,7 @@ import pytest
 
 from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import LogEntry
-from logsync.coordinator.sinks.base import SinkSet
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.mlflow import MlflowSink
 from support.sinks import entry, feed, run
 

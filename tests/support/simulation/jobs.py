@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, Hello, decode_decision, decode_state, encode_hello
-from logsync.coordinator.sinks.base import SinkSet
+from logsync.coordinator.sinks.isolation import SinkSet
 from support.lockstep import settings
 from support.simulation.parts import REAL, REFUSALS, RUNNING, File, Member, Parts, Refused
 from support.simulation.promises import Broken, Checkpoint, Played, Watch, breaks, check_file
