@@ -138,6 +138,10 @@ class Host:
             raise ValueError(msg)
         self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
 
+    def log_hyperparams(self, values: Mapping[str, object]) -> None:
+        """Have the sinks keep the run's settings."""
+        self._sinks.hyperparams(dict(values))
+
     def release(self) -> None:
         """Hand what is held to the sinks; from any thread."""
         with self._lock:

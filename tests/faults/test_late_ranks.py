@@ -57,10 +57,10 @@ def test_a_root_that_is_starved_for_10_s_is_waited_for_within_the_timeout_and_lo
             assert this.wait(rank, "done", "failed")["event"] == "done"
         moment = this.deed_of(0)["moment"]
         known = rf"took part in round {moment}, the last one|was last heard of at call {moment}, step {moment - 1}"
+        place = rf"round \d+ has waited \d+ s for rank 0: rank 0 on \S+ \(pid \d+\) ({known}).*"
         warnings = [event["text"] for event in this.events(1, "warning")]
-        assert len(warnings) >= starved_s - 2
-        for text in warnings:
-            assert re.fullmatch(rf"round \d+ has waited \d+ s for rank 0: rank 0 on \S+ \(pid \d+\) ({known}).*", text)
+        # The first may come before rank 2 has said that it waits as well.
+        assert len([text for text in warnings if re.fullmatch(place, text)]) >= starved_s - 3, warnings
         assert this.events(2, "warning") == []
         assert this.release() == {0: 0, 1: 0, 2: 0}
         assert [(entry["seq"], entry["step"]) for entry in this.entries()] == [(step, step) for step in range(60)]

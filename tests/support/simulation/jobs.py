@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
+import functools
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from logsync.coordinator.host import Host
-from logsync.coordinator.messages import Decision, Hello, decode_decision, decode_state, encode_hello
+from logsync.coordinator.messages import Decision, Hello, decode_state, encode_hello
 from logsync.coordinator.sinks.isolation import SinkSet
 from support.lockstep import settings
+from support.simulation.network import Clock, Network
 from support.simulation.parts import REAL, REFUSALS, RUNNING, File, Member, Parts, Refused
 from support.simulation.promises import Broken, Checkpoint, Played, Watch, breaks, check_file
 from support.simulation.scenarios import Fault, Op, Scenario, sits_out
@@ -20,8 +19,8 @@ __all__ = ["fails", "simulate"]
 TIMEOUT = 1000
 """By when the transport has told every survivor that a rank is gone."""
 
-RESEND = 200
 _MOST_EVENTS = 5_000
+_AHEAD = 100  # so that no rank that counts its own steps comes below 0
 _ROUNDS = ("call", "write", "end")  # what waits until an epoch that this rank has ended is over
 
 
@@ -47,15 +46,6 @@ def fails(scenario: Scenario, parts: Parts = REAL) -> Broken | None:
     return None
 
 
-class _Packet(NamedTuple):
-    """Which message: a request ("up") or reply, of whom, in which round, and the how manieth copy of it."""
-
-    way: str
-    rank: int
-    round: int
-    copy: int
-
-
 class _World:
     """One life of the job."""
 
@@ -68,12 +58,25 @@ class _World:
         self.members = [job.parts.member(rank, life, scenario, self.first_op) for rank in range(life.world_size)]
         coordinator = job.parts.coordinator(job.config, life.world_size, run=f"run{number}", run_dir="runs/x")
         host = Host(
-            coordinator, SinkSet([job.file]), name="train", world_size=life.world_size, clock=lambda: float(job.now)
+            coordinator,
+            SinkSet([job.file]),
+            name="train",
+            world_size=life.world_size,
+            clock=lambda: float(job.now),
         )
         self.members[0].host = host
         self.root = job.parts.root(host, life.world_size)
-        self.noise = {("up" if n.up else "down", n.rank, n.round): n.kind for n in life.noise}
+        self.network = Network(
+            job.clock,
+            self.root,
+            life.noise,
+            job.facts,
+            key=number,
+            hear=functools.partial(job.hear, self),
+            decided=functools.partial(job.decided, self),
+        )
         self.watch = Watch(number, bad_steps=any(op.kind == "call" and op.rank >= 0 for op in scenario.ops))
+        self.logged_at: float | None = None  # the step of the last entry
         self.struck_at = -1
 
     @property
@@ -95,13 +98,15 @@ class _Job:
             max_lease=scenario.max_lease,
         )
         self.facts: Counter[str] = Counter(runs=1)
-        self.now = 0
-        self.queue: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.scheduled = 0
+        self.clock = Clock(scenario.jitter)
         self.file = File()
         self.worlds: list[_World] = []
         self.saved: Checkpoint | None = None  # the newest complete one
         self.rolled_back: set[int] = set()  # the seqs whose entries may have a lower step than the entry before
+
+    @property
+    def now(self) -> int:
+        return self.clock.now
 
     def run(self) -> Counter[str]:
         for number in range(len(self.scenario.lives)):
@@ -119,6 +124,8 @@ class _Job:
     # -- time and the network --------------------------------------------------------------------------------------
 
     def _start(self, number: int) -> None:
+        if self.worlds:
+            self.worlds[-1].network.down = True
         world = _World(self, number, self.saved)
         self.worlds.append(world)
         self.file.life = number
@@ -135,64 +142,20 @@ class _Job:
         for _ in range(_MOST_EVENTS):
             if not world.running:
                 return
-            if not self.queue:
+            if not self.clock.tick():
                 waiting = [(m.rank, m.phase, m.waiting) for m in world.members if m.running]
                 breaks("termination", f"nothing happens any more in life {world.number}, but wait: {waiting}")
-            self.now, _, act, arguments = heapq.heappop(self.queue)
-            act(*arguments)
         breaks("termination", f"life {world.number} does not end")
-
-    def _at(self, when: int, act: Callable[..., None], *arguments: Any) -> None:
-        self.scheduled += 1
-        heapq.heappush(self.queue, (when, self.scheduled, act, arguments))
-
-    def _pause(self, *what: int) -> int:
-        return 1 + (hash((self.scenario.jitter, *what)) % 40 if self.scenario.jitter else 0)
 
     def _send(self, world: _World, member: Member, frame: bytes, asked: str) -> None:
         member.frame, member.asked, member.waiting, member.since = frame, asked, member._round, self.now
         if member.lost:
-            self._at(self.now + 1, self._lose, world, member)
+            self.clock.at(self.now + 1, self._lose, world, member)
         else:
-            self._request(world, member, member._round, frame, 0)
+            world.network.request(member, member._round, frame)
 
-    def _request(self, world: _World, member: Member, number: int, frame: bytes, copy: int) -> None:
-        if member.waiting != number or not member.running or member.stopped:
-            return
-        self._carry(world, _Packet("up", member.rank, number, copy), frame)
-        # Sent again until the reply comes. Only what is lost needs it; without noise it would change nothing.
-        if {("up", member.rank, number), ("down", member.rank, number)} & world.noise.keys():
-            self._at(self.now + RESEND, self._request, world, member, number, frame, copy + 1)
-
-    def _carry(self, world: _World, packet: _Packet, data: bytes) -> None:
-        kind = world.noise.get(packet[:3]) if packet.copy == 0 else None
-        if kind is not None:
-            self.facts[f"{kind} messages"] += 1
-        if kind == "lost":
-            return
-        way, rank, number, copy = packet
-        arrive = self._arrive if way == "up" else self._hear
-        pause = self._pause(world.number, way == "up", rank, number, copy)
-        self._at(self.now + pause + (2 * RESEND if kind == "slow" else 0), arrive, world, rank, number, data)
-        if kind == "doubled":
-            pause = 3 * self._pause(world.number, way == "up", rank, number, -1)
-            self._at(self.now + pause, arrive, world, rank, number, data)
-
-    def _arrive(self, world: _World, rank: int, number: int, frame: bytes) -> None:
-        """Bring a request to the root. One of an earlier life finds another run there, or nobody."""
-        if world is not self.worlds[-1] or not world.root.alive:
-            self.facts["late requests"] += 1
-            return
-        before, root = world.root.round.number, world.root
-        self.facts["requests again"] += number < before or rank not in root.round.missing
-        replies = root.take(rank, number, frame)
-        if root.round.number != before:
-            self._decided(world, decode_decision(root.reply))
-        for receiver, reply in replies:
-            copy = 0 if root.round.number != before else 1
-            self._carry(world, _Packet("down", receiver, number, copy), reply)
-
-    def _decided(self, world: _World, decision: Decision) -> None:
+    def decided(self, world: _World, decision: Decision) -> None:
+        """Take in what the root has decided, before anybody hears of it."""
         self.facts["rounds"] += 1
         self.facts["entries"] += decision.entry is not None
         self.facts["agreed errors"] += decision.failure is not None
@@ -202,9 +165,23 @@ class _Job:
             self.facts["ends refused"] += decision.failure is not None
             self.facts["ends with a closed rank"] += any(m.phase == "closing" for m in world.members)
             self.facts["ends with different call numbers"] += len({m.calls for m in world.members if m.away}) > 1
-        if any(notice.startswith("the step went back") for notice in decision.notices):
-            self.facts["rollbacks"] += 1
+        rolled_back = any(notice.startswith("the step went back") for notice in decision.notices)
+        self.facts["rollbacks"] += rolled_back
+        if rolled_back or self._is_marked_back(world, decision):
             self.rolled_back.add(decision.entry.seq if decision.entry is not None else decision.state.next_seq)
+        if decision.entry is not None:
+            world.logged_at = decision.entry.step
+        asked = {member.asked for member in world.members}
+        if "ended" in asked <= {"ended", "closed"} and decision.new_epoch is None:
+            breaks(
+                "ends", f"round {decision.round} of life {world.number} is not the end, though all have ended or closed"
+            )
+
+    def _is_marked_back(self, world: _World, decision: Decision) -> bool:
+        """Say whether a log was marked as written behind the last one, by a rank that said so."""
+        last, logged = decision.state.last_log_step, world.logged_at
+        marked = any(op.kind == "written" for op in self.scenario.ops)
+        return marked and last is not None and logged is not None and last < logged
 
     # -- what a rank does ------------------------------------------------------------------------------------------
 
@@ -216,10 +193,11 @@ class _Job:
             if op is not None:
                 member.out = sits_out(op, member.rank, out=member.out)
                 if member.out:
+                    member.skipped += op.kind == "call"
                     member.pc += 1
                     continue
             if then > self.now and not self._is_quick(member, op):
-                self._at(then, self._go_on, world, member)
+                self.clock.at(then, self._go_on, world, member)
                 return
             if self._meets_a_fault(world, member):
                 return
@@ -232,7 +210,7 @@ class _Job:
             resumed = False
             if self._does(world, member, op):
                 return
-            then += self._pause(world.number, member.rank, member.pc)
+            then += self.clock.pause(world.number, member.rank, member.pc)
             member.step_on()
 
     def _is_quick(self, member: Member, op: Op | None) -> bool:
@@ -248,7 +226,7 @@ class _Job:
             return False
         member.fault = None
         if fault.delay and fault.kind != "stalls":
-            self._at(self.now + fault.delay, self._strike, world, member, fault)
+            self.clock.at(self.now + fault.delay, self._strike, world, member, fault)
             return False
         self._strike(world, member, fault)
         return True
@@ -287,8 +265,9 @@ class _Job:
             member.called.append(member.pc)
             if op.rank == member.rank:
                 value = -1
-        if value != -1 and self.scenario.skew and op.value is not None:
-            value = op.value * (1 + self.scenario.skew * member.rank)
+        if value == op.value and op.value is not None:
+            value = op.value + _AHEAD - member.skipped if self.scenario.own_steps else op.value
+            value *= 1 + self.scenario.skew * member.rank if self.scenario.skew else 1
         if op.kind == "call" and member.answered_locally(value):
             world.watch.answered(member, False)  # noqa: FBT003 - an answer
             self.facts["leased calls"] += 1
@@ -342,7 +321,7 @@ class _Job:
         gone |= {rank for rank in range(world.life.world_size) if self._sits_out(world, rank, member.pc)}
         if len(saves.keys() | gone) == world.life.world_size:
             self.facts["checkpoints"] += 1
-            chosen = sorted(saves)[self._pause(world.number, member.pc) % len(saves)]
+            chosen = sorted(saves)[self.clock.pause(world.number, member.pc) % len(saves)]
             state = saves[chosen]
             exact = len(set(saves.values())) == 1 and exact
             self.saved = Checkpoint(world.number, member.pc, state, decode_state(state).missed, exact)
@@ -353,7 +332,8 @@ class _Job:
             out = sits_out(self.scenario.ops[number], rank, out=out)
         return out
 
-    def _hear(self, world: _World, rank: int, number: int, reply: bytes) -> None:
+    def hear(self, world: _World, rank: int, number: int, reply: bytes) -> None:
+        """Bring a reply to a rank."""
         member = world.members[rank]
         if member.waiting != number or not member.running or member.stopped:
             return
@@ -416,12 +396,12 @@ class _Job:
             self._leave(world, member)
         else:
             member.stopped = True
-            self._at(self.now + 3 * TIMEOUT, self._wake_up, world, member)
+            self.clock.at(self.now + 3 * TIMEOUT, self._wake_up, world, member)
         for other in world.members:
             if other is not member:
-                pause = self._pause(world.number, other.rank)
+                pause = self.clock.pause(world.number, other.rank)
                 told = self.now + pause * (TIMEOUT // 41 if pause % 2 else 1)  # a broken connection, or the timeout
-                self._at(told, self._tell_lost, world, other)
+                self.clock.at(told, self._tell_lost, world, other)
 
     def _wake_up(self, world: _World, member: Member) -> None:
         if not member.running:
@@ -444,7 +424,10 @@ class _Job:
             member.answers[member.pc] = "lost"
         began = max(world.struck_at, member.since)
         if self.now > began + TIMEOUT + 1:
-            breaks("termination", f"rank {member.rank} waited until {self.now}, {self.now - began} after a loss")
+            breaks(
+                "termination",
+                f"rank {member.rank} waited until {self.now}, {self.now - began} after a loss",
+            )
         if member.away and not member.blocked:
             member.broken = True
         else:

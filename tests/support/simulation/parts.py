@@ -49,6 +49,7 @@ class Member(SimRank):
         self.pc = start
         self.phase = "hello"
         self.out = False  # its loader has no more: it goes to the epoch's end
+        self.skipped = 0  # calls that only others made
         self.place = start  # the op that it is at, or the first that it skipped on the way there
         self.away = False
         self.over = False  # while it is away: all have ended the epoch

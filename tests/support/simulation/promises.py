@@ -72,6 +72,8 @@ class Watch:
             breaks("agreement", f"{where} has another outcome of round {number}")
         entry = member.last_entry.seq if member.last_entry is not None else -1
         self._stands(member, number, "any", (member.state, entry, member._finished, member._epoch_over))
+        if member.over and member._left + member.parked:
+            breaks("lease", f"{where} comes back to an epoch with a lease of {member._left} calls")
         if member.asked in ("decision", "write") or member.over:
             # Those that still call agree at every round, those that had ended when all have.
             counted = (member.calls, member._entry_call)

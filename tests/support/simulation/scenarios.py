@@ -89,6 +89,7 @@ class Life:
 class Scenario:
     """A job from its first start to its last. `skew`: by how much a rank's epoch fraction differs from the one below.
 
+    With `own_steps` a rank counts only the steps that it makes: it falls behind in an epoch that is longer for others.
     `jitter` seeds the length of every delay; 0 makes them all alike.
     """
 
@@ -100,6 +101,7 @@ class Scenario:
     write: str = "auto"
     max_lease: int = 1000
     skew: float = 0.0
+    own_steps: bool = False
     jitter: int = 0
 
     @property
@@ -109,7 +111,7 @@ class Scenario:
         return len(self.ops) + faults + sum(life.world_size for life in self.lives)
 
     def __str__(self) -> str:
-        names = ("log_frequency", "mode", "frequency_type", "write", "max_lease", "skew", "jitter")
+        names = ("log_frequency", "mode", "frequency_type", "write", "max_lease", "skew", "own_steps", "jitter")
         lines = [", ".join(f"{name}={getattr(self, name)!r}" for name in names)]
         lines += [f"  op {number}: {_told(op)}" for number, op in enumerate(self.ops)]
         for number, life in enumerate(self.lives):
@@ -139,6 +141,7 @@ def draw(seed: int) -> Scenario:
         write=rng.choice(("auto", "auto", "explicit")),
         max_lease=rng.choice((0, 1, 2, 5, 1000)),
         skew=rng.choice((0.0, 0.01, -0.01)) if frequency_type == "epoch" else 0.0,
+        own_steps=rng.random() < 0.3,
         jitter=rng.randrange(1, 2**31),
     )
 

@@ -44,7 +44,7 @@ def _simpler(scenario: Scenario) -> Iterator[Scenario]:
         for simpler in _simpler_lives(life):
             yield replace(scenario, lives=(*lives[:number], simpler, *lives[number + 1 :]))
     plain: dict[str, Any] = vars(Scenario((), ()))
-    for name in ("jitter", "skew", "frequency_type", "mode", "write", "max_lease", "log_frequency"):
+    for name in ("jitter", "skew", "own_steps", "frequency_type", "mode", "write", "max_lease", "log_frequency"):
         if getattr(scenario, name) != plain[name]:
             yield replace(scenario, **{name: plain[name]})
     yield from (replace(scenario, ops=simpler) for simpler in _simpler_ops(ops))
