@@ -153,7 +153,7 @@ class Host:
         """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more.
 
         Args:
-            take: returns that window, given the `seq` that the next entry will have.
+            take: returns that window, given how many entries were made so far.
         """
         with self._lock:
             self._left = True
@@ -161,7 +161,7 @@ class Host:
             if self._loaded is not None:
                 self.coordinator.load(*self._loaded)
                 self._continue_run()
-            entry = self.coordinator.leftover(rank, take(self.coordinator.next_seq), step, call, self._clock())
+            entry = self.coordinator.leftover(rank, take(self.coordinator.made), step, call, self._clock())
             if entry is not None:
                 self._sinks.write(entry)
 

@@ -319,19 +319,19 @@ class TrainingLog(Ledger):
         carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
         frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
-        seq = self._next_seq()
+        made = self._made()
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
         except LogsyncError as error:
             if isinstance(error, UnreadableReply):
                 self._unusable = error
             if self._host is not None and isinstance(error, TransportError):
-                self._doubtful = (seq, taken)  # the root may have decided before the reply was lost
+                self._doubtful = (made, taken)  # the root may have decided before the reply was lost
             else:
                 self._window.give_back(taken)
             raise
         except BaseException as error:
-            self._doubtful = (seq, taken)  # whether the root took it is not known before the end
+            self._doubtful = (made, taken)  # whether the root took it is not known before the end
             self._unusable = RoundInterrupted(
                 f"round {self._round} was left half done by {type(error).__name__}; its outcome is not known here, "
                 "so this log makes no further rounds"
@@ -344,8 +344,8 @@ class TrainingLog(Ledger):
             self._parked, self._lease, self._left = self._left, 0, 0
         return decision
 
-    def _next_seq(self) -> int:
-        return self._host.coordinator.next_seq if self._host is not None else 0
+    def _made(self) -> int:
+        return self._host.coordinator.made if self._host is not None else 0
 
     def _tell(self, decision: Decision) -> None:
         for notice in decision.notices:
@@ -372,7 +372,7 @@ class TrainingLog(Ledger):
         refused = self._begin_in_any_case()
         self._settle()
         self._left_open = self._window.take()
-        self._doubtful = (self._next_seq(), self._left_open)
+        self._doubtful = (self._made(), self._left_open)
         self._absence = Absence(self._answer_absent)
         self._absence.start()
         if refused is not None:
@@ -382,7 +382,7 @@ class TrainingLog(Ledger):
         """Answer one round of the others, on the absence's thread; say whether the epoch is over."""
         with self._lock:
             frame = self._frame("ended", window=self._left_open.message)
-        self._doubtful = (self._next_seq(), self._left_open)
+        self._doubtful = (self._made(), self._left_open)
         try:
             reply = self._exchange(frame, patient=True)
             with self._lock:
@@ -586,11 +586,11 @@ class TrainingLog(Ledger):
                 _logger.exception("could not write the last window of rank %d", self._rank)
         self._let_go(reason)
 
-    def _last_window(self, next_seq: int) -> Window:
-        """Return what is recorded and in no entry; what an interrupted round took is in one if `seq` went on."""
+    def _last_window(self, made: int) -> Window:
+        """Return what is recorded and in no entry; what an interrupted round took is in one if one was made since."""
         if self._doubtful is not None:
-            seq, taken = self._doubtful
-            if seq == next_seq:
+            before, taken = self._doubtful
+            if before == made:
                 self._window.give_back(taken)
         return self._window.take().message
 

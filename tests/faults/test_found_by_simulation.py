@@ -141,3 +141,23 @@ def test_a_write_after_rank_0_has_closed_does_not_put_an_entry_behind_the_last_o
     assert first is not None
     assert second.entry is not None
     assert (first.step, second.entry.step) == (23.0, 23.0) or second.notices
+
+
+def test_values_of_the_round_that_takes_over_a_state_and_makes_no_entry_are_not_lost_with_its_reply() -> None:
+    first, _, _ = _log(settings(2))
+    with first:
+        first.log_ready(0)
+        state = first.state_dict()
+    log, transport, lines = _log(settings(2))
+
+    def train() -> None:
+        with log:
+            log.load_state_dict(state)
+            log.record({"x": 1.0})
+            transport.lost = True
+            log.log_ready(1)
+
+    with pytest.raises(PeerLost):
+        train()
+
+    assert [(entry.seq, entry.metrics) for entry in lines.entries] == [(1, {"x": 1.0})]

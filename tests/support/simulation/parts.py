@@ -44,7 +44,7 @@ class Member(SimRank):
         self.host: Host | None = None
         self.window = OpenWindow()
         self.taken = Taken.nothing()
-        self.seq_before = 0  # on the root's rank: what the next entry would be when `taken` was taken
+        self.made_before = 0  # on the root's rank: how many entries were made when `taken` was taken
         self.parked = 0
         self.pc = start
         self.phase = "hello"
@@ -108,7 +108,7 @@ class Member(SimRank):
         self.parked = 0
         self.release()
         self.taken = self.window.take() if carries else Taken.nothing()
-        self.seq_before = self.next_seq()
+        self.made_before = self.made()
         return self._frame(kind, step, check_model_update=check, window=self.taken.message)
 
     def hear(self, reply: bytes) -> Decision | Refused:
@@ -134,7 +134,7 @@ class Member(SimRank):
 
     def answer_absent(self) -> bytes:
         """Return the next frame of a rank that is away."""
-        self.seq_before = self.next_seq()
+        self.made_before = self.made()
         return self._frame("ended", window=self.taken.message)
 
     def hear_absent(self, reply: bytes) -> Decision | Refused:
@@ -170,12 +170,12 @@ class Member(SimRank):
             self.window.give_back(self.taken)
         self.taken = Taken.nothing()
 
-    def next_seq(self) -> int:
-        return self.host.coordinator.next_seq if self.host is not None else 0
+    def made(self) -> int:
+        return self.host.coordinator.made if self.host is not None else 0
 
     def in_an_entry(self) -> bool:
         """Whether the root, in this process, has made an entry of what was taken, though its reply never came."""
-        return self.next_seq() != self.seq_before
+        return self.made() != self.made_before
 
     def load(self, state: bytes) -> None:
         self.load_state_dict({"state": state})
