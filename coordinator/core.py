@@ -54,7 +54,7 @@ _PATIENCE = 100
 
 _STANDING = (
     "next_seq",
-    "made",
+    "entries_made",
     "first_seq",
     "run_dir",
     "run_id",
@@ -112,7 +112,7 @@ class Coordinator:
     Attributes:
         frequency_manager: the one authority on when a log is due.
         run_dir, run_id, attempt, next_seq: as in `State`; a load changes them.
-        made: how many entries were made in this start of the job; unlike `next_seq` a load does not change it.
+        entries_made: how many entries this start of the job has made; unlike `next_seq`, a load leaves it alone.
         restores: how often a state was loaded.
         first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
 
@@ -138,7 +138,7 @@ class Coordinator:
         self.run_id = run
         self.attempt = attempt
         self.next_seq = 0
-        self.made = 0
+        self.entries_made = 0
         self.restores = 0
         self.first_seq = 0
         self._settings = settings
@@ -341,7 +341,7 @@ class Coordinator:
         )
         self.frequency_manager.log_written(step)
         self.next_seq += 1
-        self.made += 1
+        self.entries_made += 1
         self._entry_call = call
         self._missed = 0
         return entry

@@ -161,7 +161,7 @@ class Host:
             if self._loaded is not None:
                 self.coordinator.load(*self._loaded)
                 self._continue_run()
-            entry = self.coordinator.leftover(rank, take(self.coordinator.made), step, call, self._clock())
+            entry = self.coordinator.leftover(rank, take(self.coordinator.entries_made), step, call, self._clock())
             if entry is not None:
                 self._sinks.write(entry)
 

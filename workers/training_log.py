@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import (
     AgreedError,
@@ -26,7 +28,16 @@ from logsync.coordinator.errors import (
 )
 from logsync.coordinator.frequency import FrequencyType, LogStepType
 from logsync.coordinator.host import Host
-from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, Window, encode_hello
+from logsync.coordinator.messages import (
+    Decision,
+    Hello,
+    LogEntry,
+    Settings,
+    Window,
+    decode_state,
+    encode,
+    encode_hello,
+)
 from logsync.workers.absence import Absence
 from logsync.workers.ledger import Ledger
 from logsync.workers.transports.base import Transport
@@ -203,7 +214,12 @@ class TrainingLog(Ledger):
 
     def state_dict(self) -> dict[str, bytes]:  # noqa: D102 - as the base says
         with self._lock:
-            return super().state_dict()
+            state = super().state_dict()
+            if self._absence is None or self._epoch_over:
+                return state
+            # The others go on, and this rank does not know how far: what they record is in no entry of this state.
+            found = decode_state(state["state"])
+            return {"state": encode(msgspec.structs.replace(found, missed=max(1, found.missed)))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
         self._come_back()
@@ -319,7 +335,7 @@ class TrainingLog(Ledger):
         carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
         frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
-        made = self._made()
+        made = self._entries_made()
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
         except LogsyncError as error:
@@ -344,8 +360,8 @@ class TrainingLog(Ledger):
             self._parked, self._lease, self._left = self._left, 0, 0
         return decision
 
-    def _made(self) -> int:
-        return self._host.coordinator.made if self._host is not None else 0
+    def _entries_made(self) -> int:
+        return self._host.coordinator.entries_made if self._host is not None else 0
 
     def _tell(self, decision: Decision) -> None:
         for notice in decision.notices:
@@ -372,7 +388,7 @@ class TrainingLog(Ledger):
         refused = self._begin_in_any_case()
         self._settle()
         self._left_open = self._window.take()
-        self._doubtful = (self._made(), self._left_open)
+        self._doubtful = (self._entries_made(), self._left_open)
         self._absence = Absence(self._answer_absent)
         self._absence.start()
         if refused is not None:
@@ -382,7 +398,7 @@ class TrainingLog(Ledger):
         """Answer one round of the others, on the absence's thread; say whether the epoch is over."""
         with self._lock:
             frame = self._frame("ended", window=self._left_open.message)
-        self._doubtful = (self._made(), self._left_open)
+        self._doubtful = (self._entries_made(), self._left_open)
         try:
             reply = self._exchange(frame, patient=True)
             with self._lock:
@@ -586,11 +602,11 @@ class TrainingLog(Ledger):
                 _logger.exception("could not write the last window of rank %d", self._rank)
         self._let_go(reason)
 
-    def _last_window(self, made: int) -> Window:
+    def _last_window(self, entries_made: int) -> Window:
         """Return what is recorded and in no entry; what an interrupted round took is in one if one was made since."""
         if self._doubtful is not None:
-            before, taken = self._doubtful
-            if before == made:
+            made, taken = self._doubtful
+            if made == entries_made:
                 self._window.give_back(taken)
         return self._window.take().message
 

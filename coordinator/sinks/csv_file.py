@@ -91,7 +91,14 @@ def _records(file: BinaryIO) -> Iterator[Record]:
         lines.clear()
         seq = _seq_of(row)
         # An end that is cut off can look whole: "0.12" of "0.1234".
-        yield Record(data, seq, whole=seq is not None and data.endswith(b"\n"))
+        yield Record(data, seq, whole=seq is not None and data.endswith(b"\n"), time=_time_of(row))
+
+
+def _time_of(row: list[str]) -> float | None:
+    try:
+        return float(row[_COLUMNS.index("time")])
+    except (IndexError, ValueError):
+        return None
 
 
 def _seq_of(row: list[str]) -> int | None:

@@ -27,11 +27,13 @@ class Record(NamedTuple):
         data: its bytes.
         seq: the entry's number; None for what is no entry, -1 for what belongs to the file, such as a header.
         whole: whether it can be read back; False for a torn one.
+        time: the entry's, where it has one.
     """
 
     data: bytes
     seq: int | None
     whole: bool = True
+    time: float | None = None
 
 
 Reader: TypeAlias = Callable[[BinaryIO], Iterator[Record]]
@@ -123,11 +125,20 @@ def open_for(run: RunInfo, path: Path, read: Reader) -> Appender:
     path.parent.mkdir(parents=True, exist_ok=True)
     newest = -1
     if path.is_file() and path.stat().st_size:
-        if run.resumed:
-            newest = _cut_back(path, run.next_seq, read)
-        else:
+        if not run.resumed or _is_anothers(path, run, read):
             set_aside(path)
+        else:
+            newest = _cut_back(path, run.next_seq, read)
     return Appender(path, newest)
+
+
+def _is_anothers(path: Path, run: RunInfo, read: Reader) -> bool:
+    """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
+    if run.last_entry is None or run.next_seq != 1:
+        return False
+    with path.open("rb") as file:
+        first = next((record for record in read(file) if record.seq == 0), None)
+    return first is not None and first.time is not None and first.time != run.last_entry.time
 
 
 def set_aside(path: Path, files: Sequence[Path] | None = None) -> None:

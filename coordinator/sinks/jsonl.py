@@ -73,6 +73,7 @@ class JsonlSink:
 
 class _Head(msgspec.Struct):
     seq: int
+    time: float | None = None
 
 
 _head = msgspec.json.Decoder(_Head)
@@ -102,13 +103,16 @@ def _line(entry: LogEntry) -> bytes:
 
 def _records(file: BinaryIO) -> Iterator[Record]:
     for line in file:
-        seq = _seq_of(line)
-        yield Record(line, seq, whole=seq is not None or _parses(line))
+        head = _head_of(line)
+        if head is None:
+            yield Record(line, None, whole=_parses(line))
+        else:
+            yield Record(line, head.seq, time=head.time)
 
 
-def _seq_of(line: bytes) -> int | None:
+def _head_of(line: bytes) -> _Head | None:
     try:
-        return _head.decode(line).seq
+        return _head.decode(line)
     except _NOT_JSON:
         return None
 

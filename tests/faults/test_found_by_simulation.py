@@ -120,8 +120,8 @@ def test_what_is_left_after_a_load_and_before_a_round_does_not_start_a_new_file(
     with pytest.raises(PeerLost):
         train()
 
-    assert all(run.resumed for run in lines.runs)
-    assert all(entry.seq >= 1 for entry in lines.entries)
+    assert [run.resumed for run in lines.runs] == [True]
+    assert [entry.seq for entry in lines.entries] == [1]
 
 
 def test_a_write_behind_the_last_log_is_told_as_a_rollback() -> None:
@@ -143,18 +143,19 @@ def test_a_write_after_rank_0_has_closed_does_not_put_an_entry_behind_the_last_o
     assert (first.step, second.entry.step) == (23.0, 23.0) or second.notices
 
 
-def test_values_of_the_round_that_takes_over_a_state_and_makes_no_entry_are_not_lost_with_its_reply() -> None:
-    first, _, _ = _log(settings(2))
+@pytest.mark.parametrize("lost", ["the round", "its reply"])
+def test_what_the_first_round_after_a_load_carried_is_written_if_that_is_lost(lost: str) -> None:
+    first, _, _ = _log(settings(5))
     with first:
         first.log_ready(0)
         state = first.state_dict()
-    log, transport, lines = _log(settings(2))
+    log, transport, lines = _log(settings(5))
+    log.load_state_dict(state)
+    transport.lost, transport.lost_before = lost == "its reply", lost == "the round"
 
     def train() -> None:
         with log:
-            log.load_state_dict(state)
-            log.record({"x": 1.0})
-            transport.lost = True
+            log.record({"x": 1.0}, reduce="sum")
             log.log_ready(1)
 
     with pytest.raises(PeerLost):

@@ -135,6 +135,13 @@ class GivesBackWhatTheRootHasTaken(Member):
         return False
 
 
+class TakesALoadForAnEntry(Member):
+    """The root's own rank counts entries by their numbers, which a load changes, too."""
+
+    def entries_made(self) -> int:
+        return self.host.coordinator.next_seq if self.host is not None else 0
+
+
 class CheckpointsBeforeTheFileHasTheEntry(Member):
     """The state counts an entry that is still held for annotate(), and a kill loses."""
 
@@ -226,6 +233,7 @@ class LeavesAfterARefusal(Member):
         (Parts(coordinator=WaitsForTheClosedToEnd), {"ends"}, range(300)),
         (Parts(member=KeepsNothingThatWasRefused), {"values"}, range(200)),
         (Parts(member=GivesBackWhatTheRootHasTaken), {"values"}, range(800, 1500)),
+        (Parts(member=TakesALoadForAnEntry), {"values"}, range(1500)),
         (Parts(member=CheckpointsBeforeTheFileHasTheEntry), {"seq", "values"}, range(1300, 2100)),
         (Parts(member=LeavesBeforeItsStateCounts), {"seq", "values"}, range(300, 1500)),
         (Parts(member=DoesNotAlignItsCalls), {"state", "call numbers"}, range(100)),

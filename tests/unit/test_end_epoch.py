@@ -14,7 +14,7 @@ import pytest
 
 from logsync.coordinator.errors import AgreedError, BadType, BadValue, PeerFailed, RoundTimeout
 from logsync.coordinator.frequency import FrequencyManager
-from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.messages import LogEntry, decode_state
 from logsync.workers import TrainingLog, connect
 from logsync.workers.transports.threads import ThreadWorld
 
@@ -222,6 +222,26 @@ def test_states_agree_again_after_an_epoch_of_different_lengths_and_know_what_is
 
     assert results[0][0] == results[1][0] == results[2][0]
     assert [calls for _, calls in results] == [14, 15, 16]
+
+
+def test_a_state_saved_while_others_still_train_says_that_calls_are_missed() -> None:
+    job = Job(2, 1)
+    saved = threading.Event()
+
+    def train(log: TrainingLog) -> int:
+        log.log_ready(0)
+        if log.rank == 0:
+            log.end_epoch()
+            state = decode_state(log.state_dict()["state"])
+            saved.set()
+            log.write(10)
+            return state.missed
+        saved.wait()
+        log.end_epoch()
+        log.write(10)
+        return decode_state(log.state_dict()["state"]).missed
+
+    assert job.play(train) == [1, 0]
 
 
 def test_a_state_that_was_loaded_before_an_empty_epoch_is_taken_over_once() -> None:

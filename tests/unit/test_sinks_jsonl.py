@@ -334,6 +334,20 @@ def test_the_last_entry_of_the_checkpoint_is_written_where_a_kill_came_before_it
     assert ("what lies between was never written" in caplog.text) == (after == [0, 1])
 
 
+def test_a_file_of_a_run_before_is_set_aside_by_a_run_that_was_killed_at_its_first_entry(
+    tmp_path: Path, file: Path
+) -> None:
+    write(run(tmp_path), *(entry(seq, time=1.0) for seq in range(3)))
+    ours = entry(0, time=2.0)
+    sink = JsonlSink()
+    sink.open(dataclasses.replace(run(tmp_path, 1, resumed=True), last_entry=ours))
+    sink.write(entry(1, time=3.0))
+    sink.close()
+
+    assert [strict(line)["time"] for line in file.read_bytes().splitlines()] == [2.0, 3.0]
+    assert seqs(tmp_path / "metrics.jsonl.1") == [0, 1, 2]
+
+
 def test_a_resume_in_mid_run_continues_the_same_file(tmp_path: Path, file: Path) -> None:
     sinks = SinkSet(["jsonl"])
     sinks.prepare(run(tmp_path))

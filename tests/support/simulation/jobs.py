@@ -7,10 +7,9 @@ from collections import Counter
 
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, Hello, decode_state, encode_hello
-from logsync.coordinator.sinks.isolation import SinkSet
 from support.lockstep import settings
 from support.simulation.network import Clock, Network
-from support.simulation.parts import REAL, REFUSALS, RUNNING, File, Member, Parts, Refused
+from support.simulation.parts import REAL, REFUSALS, RUNNING, File, Inline, Member, Parts, Refused
 from support.simulation.promises import Broken, Checkpoint, Played, Watch, breaks, check_file
 from support.simulation.scenarios import Fault, Op, Scenario, sits_out
 
@@ -59,7 +58,7 @@ class _World:
         coordinator = job.parts.coordinator(job.config, life.world_size, run=f"run{number}", run_dir="runs/x")
         host = Host(
             coordinator,
-            SinkSet([job.file]),
+            Inline(job.file),
             name="train",
             world_size=life.world_size,
             clock=lambda: float(job.now),
@@ -76,7 +75,8 @@ class _World:
             decided=functools.partial(job.decided, self),
         )
         self.watch = Watch(number, bad_steps=any(op.kind == "call" and op.rank >= 0 for op in scenario.ops))
-        self.logged_at: float | None = None  # the step of the last entry
+        entry = decode_state(origin.state).entry if origin is not None else None
+        self.logged_at = entry.step if entry is not None else None  # the step of the last entry
         self.struck_at = -1
 
     @property
@@ -434,7 +434,6 @@ class _Job:
             self._leave(world, member)
 
     def _leave(self, world: _World, member: Member) -> None:
-        member.lose()
         member.phase, member.since = "failed", self.now
         if member.host is not None:
             member.release()

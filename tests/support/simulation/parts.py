@@ -11,11 +11,12 @@ from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, LogEntry, Window
 from logsync.coordinator.rounds import Round
 from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.window import OpenWindow, Taken
 from support.lockstep import SimRank
 from support.simulation.scenarios import Life, Scenario
 
-__all__ = ["KEY_IDS", "REAL", "REFUSALS", "RUNNING", "File", "Member", "Parts", "Refused", "Root"]
+__all__ = ["KEY_IDS", "REAL", "REFUSALS", "RUNNING", "File", "Inline", "Member", "Parts", "Refused", "Root"]
 
 KEY_IDS = 20
 """How many values share a metric name: two bits each, so that sums stay exact and tell a value twice."""
@@ -44,7 +45,7 @@ class Member(SimRank):
         self.host: Host | None = None
         self.window = OpenWindow()
         self.taken = Taken.nothing()
-        self.made_before = 0  # on the root's rank: how many entries were made when `taken` was taken
+        self.made_before = 0  # on the root's rank: how many entries there were when `taken` was taken
         self.parked = 0
         self.pc = start
         self.phase = "hello"
@@ -108,7 +109,7 @@ class Member(SimRank):
         self.parked = 0
         self.release()
         self.taken = self.window.take() if carries else Taken.nothing()
-        self.made_before = self.made()
+        self.made_before = self.entries_made()
         return self._frame(kind, step, check_model_update=check, window=self.taken.message)
 
     def hear(self, reply: bytes) -> Decision | Refused:
@@ -134,7 +135,7 @@ class Member(SimRank):
 
     def answer_absent(self) -> bytes:
         """Return the next frame of a rank that is away."""
-        self.made_before = self.made()
+        self.made_before = self.entries_made()
         return self._frame("ended", window=self.taken.message)
 
     def hear_absent(self, reply: bytes) -> Decision | Refused:
@@ -170,12 +171,12 @@ class Member(SimRank):
             self.window.give_back(self.taken)
         self.taken = Taken.nothing()
 
-    def made(self) -> int:
-        return self.host.coordinator.made if self.host is not None else 0
+    def entries_made(self) -> int:
+        return self.host.coordinator.entries_made if self.host is not None else 0
 
     def in_an_entry(self) -> bool:
         """Whether the root, in this process, has made an entry of what was taken, though its reply never came."""
-        return self.made() != self.made_before
+        return self.entries_made() != self.made_before
 
     def load(self, state: bytes) -> None:
         self.load_state_dict({"state": state})
@@ -187,6 +188,7 @@ class Member(SimRank):
             self.host.release()
 
     def last_window(self, _: int) -> Window:
+        self.lose()
         return self.window.take().message
 
 
@@ -234,6 +236,28 @@ class Parts:
 REAL = Parts()
 
 
+class Inline(SinkSet):
+    """One sink, called at once and without a thread: a simulation is the same each time."""
+
+    def __init__(self, sink: File) -> None:
+        super().__init__([])
+        self._file = sink
+        self._is_open = False
+
+    def prepare(self, run: RunInfo) -> None:
+        self._run = run
+        self._is_open = run.resumed
+        if run.resumed:
+            self._file.open(run)
+
+    def write(self, entry: LogEntry) -> None:
+        assert self._run is not None
+        if not self._is_open:
+            self._file.open(self._run)
+        self._is_open = True
+        self._file.write(entry)
+
+
 class File:
     """The lines of metrics.jsonl, kept over restarts as `JsonlSink` keeps them."""
 
@@ -250,7 +274,7 @@ class File:
 
     def open(self, run: RunInfo) -> None:
         if self.lines:
-            keep = run.next_seq if run.resumed else 0
+            keep = run.next_seq if run.resumed and not self._is_anothers(run) else 0
             cut = next((i for i, (_, entry) in enumerate(self.lines) if entry.seq >= keep), len(self.lines))
             del self.lines[cut:]
         last = run.last_entry
@@ -258,6 +282,11 @@ class File:
             self.lines.append((self.origin, last))
             self.recovered += 1
         self.writer = self.life
+
+    def _is_anothers(self, run: RunInfo) -> bool:
+        """Say whether what is here is of a run before, which this one was to set aside; see `JsonlSink`."""
+        last = run.last_entry
+        return last is not None and last.seq == 0 and self.lines[0][1].time != last.time
 
     def write(self, entry: LogEntry) -> None:
         expected = self.leaving or self.first_partial

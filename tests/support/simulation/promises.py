@@ -178,6 +178,8 @@ def _check_values(file: File, lives: Sequence[Played]) -> Counter[str]:
             missing = [number for number in asked if number not in found]
             if missing and missing != asked[-len(missing) :]:
                 breaks("values", f"values {missing} {where} are missing, and not the newest ones")
+            if missing and member.host is not None and member.phase == "failed" and life.number == file.writer:
+                breaks("values", f"values {missing} {where} are missing, though the root wrote what it had and left")
             if missing and life is lives[-1] and life.clean:
                 breaks("values", f"values {missing} {where} are missing, though all ranks closed")
             told = exact and any(number not in member.beside for number in missing)
