@@ -15,7 +15,8 @@ import msgspec
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window
-from logsync.coordinator.sinks.base import RunInfo, SinkSet
+from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 
 __all__ = ["Host", "reserve_run_dir"]
 
@@ -136,6 +137,10 @@ class Host:
             msg = f"annotate() would overwrite the merged metric {taken[0]!r} of entry {entry.seq}; use another name"
             raise ValueError(msg)
         self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
+
+    def log_hyperparams(self, values: Mapping[str, object]) -> None:
+        """Have the sinks keep the run's settings."""
+        self._sinks.hyperparams(dict(values))
 
     def release(self) -> None:
         """Hand what is held to the sinks; from any thread."""

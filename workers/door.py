@@ -15,7 +15,8 @@ from logsync.coordinator.errors import ConfigError
 from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
 from logsync.coordinator.host import Host, reserve_run_dir
 from logsync.coordinator.messages import INT64_MAX, MAX_PATH, Settings
-from logsync.coordinator.sinks.base import Sink, SinkSet, SinkSpec
+from logsync.coordinator.sinks.base import Sink, SinkSpec
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.launch import choose_transport, restart_count
 from logsync.workers.training_log import TrainingLog, open_logs
 from logsync.workers.transports.base import Transport
@@ -104,6 +105,7 @@ def connect(
     host = None
     if found.rank == 0:
         reserved = reserve_run_dir(settings.name) if folder is None and _may_use_files(sinks) else None
+        sink_set.load()
         host = _host(settings, sink_set, folder, reserved, found.world_size)
     log = TrainingLog(found, settings, host, given_run_dir=folder, warn_after_s=warn_after)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates

@@ -276,6 +276,21 @@ class TrainingLog(Ledger):
         elif self._host is not None:
             self._host.annotate({checked_name(name): single_number(name, value) for name, value in values.items()})
 
+    def log_hyperparams(self, values: Mapping[str, object]) -> None:
+        """Keep the run's settings with the destinations that have a place for them; once per run is enough.
+
+        Rank 0's are taken; on other ranks it does nothing. It never communicates and never waits. What JSON has no
+        word for becomes its text.
+
+        Raises:
+            TypeError: not a mapping with text as keys.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            msg = f"log_hyperparams() takes a mapping of names to values, given {printable(repr(values), 100)}"
+            raise TypeError(msg)
+        if self._host is not None:
+            self._host.log_hyperparams(values)
+
     def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
         if self._parked and self._unusable is None:
             lease, self._parked = self._parked, 0

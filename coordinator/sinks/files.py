@@ -1,0 +1,219 @@
+"""Files that entries are appended to: continued, cut back or set aside when a run opens them, and never left torn."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeAlias
+
+from logsync.coordinator.errors import printable
+from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.sinks.base import RunInfo
+
+__all__ = ["Appender", "Reader", "Record", "absolute", "open_for", "replace", "set_aside"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """One record as it lies in a file.
+
+    Attributes:
+        data: its bytes.
+        seq: the entry's number; None for what is no entry, -1 for what belongs to the file, such as a header.
+        whole: whether it can be read back; False for a torn one.
+        time: the entry's, where it has one.
+    """
+
+    data: bytes
+    seq: int | None
+    whole: bool = True
+    time: float | None = None
+
+
+Reader: TypeAlias = Callable[[BinaryIO], Iterator[Record]]
+
+
+class Appender:
+    """A file at whose end records are put, each whole or not at all.
+
+    What was given to `append` is in the kernel's hands when it returns, and on the disk after `close`. What could
+    be written only in part (a full disk) is taken back.
+    """
+
+    def __init__(self, path: Path, newest_seq: int = -1) -> None:
+        self._path = path
+        self._newest_seq = newest_seq
+        # Unbuffered: one write() per record, and nothing left that a later flush or close could fail to write.
+        self._file: io.FileIO = path.open("ab", buffering=0)
+        self._torn_at: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written to the file yet; a pipe is always empty."""
+        return os.fstat(self._file.fileno()).st_size == 0
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether this is a file proper, and no pipe or device."""
+        return stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+
+    def missing_entry(self, run: RunInfo) -> LogEntry | None:
+        """Return the checkpoint's last entry if the run was killed before it was written here."""
+        last, newest = run.last_entry, self._newest_seq
+        if not run.resumed or newest + 1 >= run.next_seq:
+            return None
+        if last is not None and last.seq == newest + 1 == run.next_seq - 1:
+            return last
+        if newest >= 0:
+            _logger.warning(
+                "%s ends at seq %d and is continued at seq %d: what lies between was never written",
+                self._path,
+                newest,
+                run.next_seq,
+            )
+        return None
+
+    def append(self, data: bytes) -> None:
+        """Append `data`; if that fails, leave the file as it was."""
+        self._take_back_torn_record()
+        start = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(data)
+        try:
+            while rest:  # a full disk takes a part and says why only when asked for the rest
+                rest = rest[self._file.write(rest) :]
+        except BaseException:
+            if start < os.fstat(self._file.fileno()).st_size < start + len(data):
+                self._torn_at = start
+                with contextlib.suppress(OSError):  # then the next append or close tries again
+                    self._take_back_torn_record()
+            raise
+
+    def close(self) -> None:
+        """Bring the file to the disk and close it; a second call does nothing."""
+        if self._file.closed:
+            return
+        with self._file:
+            self._take_back_torn_record()
+            if self.is_regular:  # a pipe cannot be synced
+                os.fsync(self._file.fileno())
+
+    def _take_back_torn_record(self) -> None:
+        if self._torn_at is not None:
+            self._file.truncate(self._torn_at)
+            self._torn_at = None
+
+
+def absolute(path: str | Path | None) -> Path | None:
+    """Return where `path` is from here: training scripts change their directory."""
+    return None if path is None else Path(path).expanduser().absolute()
+
+
+def open_for(run: RunInfo, path: Path, read: Reader) -> Appender:
+    """Make the folder of `path`, continue the file or set it aside, and open it for appending.
+
+    A resumed run's file is cut back: entries from the run's first `seq` on go, and so does a torn last record.
+
+    Args:
+        read: yields the file's records in order; every byte belongs to one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    newest = -1
+    if path.is_file() and path.stat().st_size:
+        if not run.resumed or _is_anothers(path, run, read):
+            set_aside(path)
+        else:
+            newest = _cut_back(path, run.next_seq, read)
+    return Appender(path, newest)
+
+
+def _is_anothers(path: Path, run: RunInfo, read: Reader) -> bool:
+    """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
+    if run.last_entry is None or run.next_seq != 1:
+        return False
+    with path.open("rb") as file:
+        first = next((record for record in read(file) if record.seq == 0), None)
+    return first is not None and first.time is not None and first.time != run.last_entry.time
+
+
+def set_aside(path: Path, files: Sequence[Path] | None = None) -> None:
+    """Rename what an earlier run left at `path` to the next free number, and say so.
+
+    Args:
+        files: if given, `path` is a folder, and only these files of it move; it stays.
+    """
+    if files is not None and not files:
+        return
+    aside = _free_name(path)
+    if files is None:
+        path.rename(aside)
+    else:
+        aside.mkdir()
+        for file in files:
+            file.rename(aside / file.name)
+    _logger.warning(
+        "%s held a log that this run does not continue; it is now %s. To continue a log, give the state of its "
+        "checkpoint to load_state_dict() before the first log_ready()",
+        path,
+        aside,
+    )
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, where a reader finds the old bytes or the new ones, never a part."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(data)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{number}")):
+        number += 1
+    return aside
+
+
+def _cut_back(path: Path, next_seq: int, read: Reader) -> int:
+    """Leave in the file the records before the first with a `seq` of `next_seq` or more, and no torn one.
+
+    Returns:
+        The last `seq` that is left, -1 if there is none.
+    """
+    with path.open("r+b") as file:
+        keep, torn, strangers, newest = _records_to_keep(read(file), next_seq)
+        if keep < file.seek(0, os.SEEK_END):
+            file.truncate(keep)
+            _logger.info("cut %s back to %d bytes, to continue it at seq %d", path, keep, next_seq)
+        file.seek(max(keep - 1, 0))
+        if file.read(1) not in {b"", b"\n"}:  # killed between a line and its end
+            file.write(b"\n")
+    if torn:
+        _logger.warning("dropped the torn last line of %s: %s", path, printable(repr(torn), 100))
+    if strangers:
+        _logger.warning("%s has %d lines that are no entries of logsync; they are kept as they are", path, strangers)
+    return newest
+
+
+def _records_to_keep(records: Iterator[Record], next_seq: int) -> tuple[int, bytes, int, int]:
+    """Return how many bytes to keep, the torn last record if there is one, how many have no `seq`, the last `seq`."""
+    keep = strangers = 0
+    newest = before = -1
+    last = Record(b"", None)
+    for last in records:
+        if last.seq is not None and last.seq >= next_seq:
+            return keep, b"", strangers, newest
+        keep += len(last.data)
+        strangers += last.seq is None
+        before, newest = newest, newest if last.seq is None else last.seq
+    if last.whole:
+        return keep, b"", strangers, newest
+    return keep - len(last.data), last.data, strangers - (last.seq is None), before
