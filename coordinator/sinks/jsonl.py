@@ -73,10 +73,11 @@ class JsonlSink:
 
 class _Head(msgspec.Struct):
     seq: int
-    time: float | None = None
+    time: msgspec.Raw = msgspec.Raw()  # read apart: a line whose time is no number still has its seq
 
 
 _head = msgspec.json.Decoder(_Head)
+_time = msgspec.json.Decoder(float)
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -107,12 +108,19 @@ def _records(file: BinaryIO) -> Iterator[Record]:
         if head is None:
             yield Record(line, None, whole=_parses(line))
         else:
-            yield Record(line, head.seq, time=head.time)
+            yield Record(line, head.seq, time=_time_of(head))
 
 
 def _head_of(line: bytes) -> _Head | None:
     try:
         return _head.decode(line)
+    except _NOT_JSON:
+        return None
+
+
+def _time_of(head: _Head) -> float | None:
+    try:
+        return _time.decode(head.time)
     except _NOT_JSON:
         return None
 
