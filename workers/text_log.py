@@ -78,7 +78,10 @@ class RankLogger(logging.Logger):
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - logging's name
         """Say whether a record of `level` would go anywhere from this rank."""
-        # Not the base's: it keeps its answers until the registry clears them, and this logger is not in it.
+        # Not the base's: it keeps its answers until the registry clears them, and this logger is not in it. The named
+        # logger's does that for us, so that a debug() which nobody asked for costs little.
+        if level < logging.INFO and not self.level and not self._named.isEnabledFor(level):
+            return False
         if self.disabled or self._named.disabled or self.manager.disable >= level:
             return False
         return self._is_for_file(level) or (level >= self._level_of_handlers() and self._is_for_handlers(level))

@@ -26,6 +26,7 @@ from logsync.coordinator.frequency import FrequencyType, LogStepType
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, Window, encode_hello
 from logsync.workers.ledger import Ledger
+from logsync.workers.timer import Timer, Timers
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.values import single_number
@@ -77,6 +78,7 @@ class TrainingLog(Ledger):
         self._host = host
         self._window = OpenWindow()
         self.record: Callable[..., None] = self._window.record
+        self._timers = Timers(self._window)
         self._pid = os.getpid()
         self._detached = False
         self._unusable: LogsyncError | None = None  # why no further round can be made
@@ -224,6 +226,22 @@ class TrainingLog(Ledger):
         """
         if self._host is not None:
             self._host.annotate({checked_name(name): single_number(name, value) for name, value in values.items()})
+
+    def timer(self, name: str) -> Timer:
+        """Return a context manager, or decorator, that records the seconds of a section as metric `time_s/<name>`.
+
+        The entry has the mean over all sections of the window, and /min, /max, /std and /argmax_rank of the ranks'
+        own means. **Time sections without a collective:** in one with a collective, such as a backward pass under
+        DDP, all ranks wait for the slowest, so it takes equally long everywhere. On a GPU it is the host's time.
+
+        A section that raises counts. Timers may be nested; one inside itself counts its inner seconds twice. Never
+        communicates.
+
+        Raises:
+            TypeError, ValueError: `name` cannot name a metric, or `time_s/<name>` is recorded with other reductions.
+            LogClosed: the log is closed.
+        """
+        return self._timers[name]
 
     def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
         if self._parked and self._unusable is None:
@@ -434,6 +452,7 @@ class TrainingLog(Ledger):
         self._settle()
         self._parked = 0
         self.record = _refuse_to_record
+        self._timers.close()
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()

@@ -16,6 +16,7 @@ import textwrap
 import threading
 import types
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -488,14 +489,16 @@ def _warn_from_a_child(logger: logging.Logger) -> None:
     logger.warning("from a child")
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "start", [multiprocessing.get_context("fork").Process, multiprocessing.get_context("spawn").Process]
+)
 def test_a_logger_works_in_a_forked_and_in_a_spawned_child(
-    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch(monkeypatch, 1, 2)
     logger = get_logger(name, directory=tmp_path)
     logger.info("before")
-    child = multiprocessing.get_context(method).Process(target=_warn_from_a_child, args=(logger,))
+    child = start(target=_warn_from_a_child, args=(logger,))
     child.start()
     child.join(30)
 
