@@ -6,6 +6,7 @@ import atexit
 import copy
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -24,7 +25,7 @@ from logsync.coordinator.errors import (
 )
 from logsync.coordinator.frequency import FrequencyType, LogStepType
 from logsync.coordinator.host import Host
-from logsync.coordinator.messages import Decision, Hello, LogEntry, Settings, Window, encode_hello
+from logsync.coordinator.messages import MAX_WAIT_S, Decision, Hello, LogEntry, Settings, Window, encode_hello
 from logsync.workers.ledger import Ledger
 from logsync.workers.timer import Timer, Timers
 from logsync.workers.transports.base import Transport
@@ -88,6 +89,8 @@ class TrainingLog(Ledger):
         self._rounds = 0
         self._bytes_sent = 0
         self._wait_s = 0.0
+        self._waited_s: float | None = None  # in the rounds since the last entry, that one's included
+        self._host_name = ascii(socket.gethostname())[1:-1][:64]  # until the root has it
 
     # -- the frequency manager's surface -----------------------------------------------------------------------
 
@@ -278,7 +281,15 @@ class TrainingLog(Ledger):
     ) -> Decision:
         carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
-        frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
+        frame = self._frame(
+            kind,
+            step,
+            check_model_update=check_model_update,
+            window=taken.message,
+            waited_s=self._waited_s,
+            host=self._host_name,
+        )
+        waited_before = self._wait_s
         seq = self._host.coordinator.next_seq if self._host is not None else 0
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
@@ -295,6 +306,10 @@ class TrainingLog(Ledger):
                 "so this log makes no further rounds"
             )
             raise
+        self._host_name = ""
+        # Nobody waits for a rank that has closed and answers in the background, and it for nobody.
+        since = 0.0 if decision.entry is not None or self._waited_s is None else self._waited_s
+        self._waited_s = None if kind == "closed" else min(since + self._wait_s - waited_before, MAX_WAIT_S)
         if decision.entry is None:
             self._window.give_back(taken)
         for notice in decision.notices:

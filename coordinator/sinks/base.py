@@ -20,7 +20,7 @@ __all__ = ["RESERVED", "RunInfo", "Sink", "SinkSet", "SinkSpec", "make_sink"]
 
 _logger = logging.getLogger(__name__)
 
-RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ranks", "nonfinite", "nan_ranks"})
+RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ranks", "nonfinite", "nan_ranks", "waits"})
 """Names that no metric may have: flat destinations write them beside the metrics."""
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from logsync.coordinator.errors import Step, printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.waits import is_notable
 
 __all__ = ["ConsoleSink"]
 
@@ -31,6 +32,8 @@ class ConsoleSink:
     or 40 rows have passed (then it forgets metrics that stayed away). An entry that is too wide for the terminal is
     printed as a line. In a pipe or a file every entry is one line without colours:
     `logsync train step=50 seq=1 train/loss=0.1234`.
+
+    Where ranks waited for one of them (10 ms, and a tenth of the time between logs), the entry names it and its host.
 
     Values have four significant digits: this is for reading. The exact numbers are in `metrics.jsonl`.
     """
@@ -141,4 +144,9 @@ def _note(entry: LogEntry) -> str:
     for ranks, keys in keys_of.items():
         named = ", ".join(map(str, ranks[:_RANKS_NAMED])) + (", ..." if len(ranks) > _RANKS_NAMED else "")
         notes.append(f"not finite because of rank{'s' * (len(ranks) > 1)} {named}: {', '.join(keys)}")
+    waits = entry.waits
+    if waits is not None and is_notable(waits):
+        host = f" on {printable(waits.host)}" if waits.host else ""
+        spread_s, of = waits.most_s - waits.least_s, waits.interval_s
+        notes.append(f"slowest: rank {waits.slowest}{host}, others waited up to {spread_s:.2f} s of {of:.2f} s for it")
     return "; ".join(notes)

@@ -1,0 +1,47 @@
+"""How long ranks waited for each other, and which one the others waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+from logsync.coordinator.errors import printable
+from logsync.coordinator.messages import MAX_WAIT_S, Report, Waits
+
+__all__ = ["is_notable", "waits_of"]
+
+_NOTABLE_S = 0.01  # less is a busy machine, or where a rank sits in the broadcast's tree
+_NOTABLE_SHARE = 0.1
+
+
+def waits_of(reports: Sequence[Report], hosts: Mapping[int, str], interval_s: float) -> Waits | None:
+    """Return what `reports` say of the rounds since the last entry, None if fewer than two ranks say anything.
+
+    Args:
+        reports: those of the ranks that are in the run, lowest rank first.
+        hosts: host names by rank, as far as they are known.
+        interval_s: how long those rounds took, with the work between them.
+    """
+    waited = [(r.waited_s, r.rank) for r in reports if r.waited_s is not None]
+    if len(waited) < 2:  # noqa: PLR2004 - nobody to wait for
+        return None
+    steps = [(r.step, r.rank) for r in reports if r.step is not None]
+    least_s, slowest = min(waited)
+    # min() takes the first, which is the lowest rank's.
+    least_step, behind = min(steps, key=itemgetter(0)) if steps else (0, slowest)
+    return Waits(
+        slowest=slowest,
+        host=printable(hosts.get(slowest, ""), 64),
+        least_s=least_s,
+        most_s=max(waited)[0],
+        interval_s=min(max(0.0, interval_s), MAX_WAIT_S),
+        lag=max(steps, key=itemgetter(0))[0] - least_step if steps else 0,
+        behind=behind,
+    )
+
+
+def is_notable(waits: Waits) -> bool:
+    """Say whether a person should hear of it: a rank waited for 10 ms, and for a tenth of the time, for the slowest."""
+    spread_s = waits.most_s - waits.least_s
+    # An interval of 0 is a clock that was set back.
+    return spread_s >= _NOTABLE_S and spread_s >= _NOTABLE_SHARE * waits.interval_s > 0
