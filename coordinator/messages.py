@@ -125,8 +125,8 @@ class LogEntry(msgspec.Struct, frozen=True):
         nan_ranks: for each value that is NaN or infinite, the lowest 16 ranks that made it so.
         partial: whether steps or ranks are missing from it: after a restart from a checkpoint that was not taken at
             a log, or when a rank wrote what it had after the group was lost.
-        waits: which rank was slow; None in the first entry of a run, and where there is one rank. Times are never the
-            same twice, so they are not in `metrics`.
+        waits: which rank was slow; None in the first entry after a start, and where one rank logs alone. Times are
+            never the same twice, so they are not in `metrics`.
     """
 
     seq: _Natural

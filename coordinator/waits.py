@@ -8,7 +8,7 @@ from operator import itemgetter
 from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import MAX_WAIT_S, Report, Waits
 
-__all__ = ["is_notable", "waits_of"]
+__all__ = ["as_metrics", "is_notable", "slowest_text", "waits_of"]
 
 _NOTABLE_S = 0.01  # less is a busy machine, or where a rank sits in the broadcast's tree
 _NOTABLE_SHARE = 0.1
@@ -45,3 +45,24 @@ def is_notable(waits: Waits) -> bool:
     spread_s = waits.most_s - waits.least_s
     # An interval of 0 is a clock that was set back.
     return spread_s >= _NOTABLE_S and spread_s >= _NOTABLE_SHARE * waits.interval_s > 0
+
+
+def slowest_text(waits: Waits) -> str:
+    """Return the slowest rank and its host in words, or nothing if they are not worth a person's attention."""
+    if not is_notable(waits):
+        return ""
+    host = f" on {printable(waits.host)}" if waits.host else ""
+    spread_s = waits.most_s - waits.least_s
+    return (
+        f"slowest: rank {waits.slowest}{host}, others waited up to {spread_s:.2f} s of {waits.interval_s:.2f} s for it"
+    )
+
+
+def as_metrics(waits: Waits) -> dict[str, float]:
+    """Return `waits` as numbers under names of their own, for destinations that take nothing else."""
+    return {
+        "logsync/wait_s/min": waits.least_s,
+        "logsync/wait_s/max": waits.most_s,
+        "logsync/wait_s/argmin_rank": float(waits.slowest),
+        "logsync/lag_steps": float(waits.lag),
+    }

@@ -12,7 +12,7 @@ from rich.text import Text
 from logsync.coordinator.errors import Step, printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
-from logsync.coordinator.waits import is_notable
+from logsync.coordinator.waits import slowest_text
 
 __all__ = ["ConsoleSink"]
 
@@ -144,9 +144,6 @@ def _note(entry: LogEntry) -> str:
     for ranks, keys in keys_of.items():
         named = ", ".join(map(str, ranks[:_RANKS_NAMED])) + (", ..." if len(ranks) > _RANKS_NAMED else "")
         notes.append(f"not finite because of rank{'s' * (len(ranks) > 1)} {named}: {', '.join(keys)}")
-    waits = entry.waits
-    if waits is not None and is_notable(waits):
-        host = f" on {printable(waits.host)}" if waits.host else ""
-        spread_s, of = waits.most_s - waits.least_s, waits.interval_s
-        notes.append(f"slowest: rank {waits.slowest}{host}, others waited up to {spread_s:.2f} s of {of:.2f} s for it")
+    if entry.waits is not None and (slowest := slowest_text(entry.waits)):
+        notes.append(slowest)
     return "; ".join(notes)

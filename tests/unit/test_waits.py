@@ -35,7 +35,7 @@ from logsync.coordinator.messages import (
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.console import ConsoleSink
 from logsync.coordinator.sinks.jsonl import JsonlSink
-from logsync.coordinator.waits import is_notable, waits_of
+from logsync.coordinator.waits import as_metrics, is_notable, waits_of
 from logsync.workers import TrainingLog, connect
 from logsync.workers.transports.threads import ThreadTransport, ThreadWorld
 from support.lockstep import settings
@@ -133,6 +133,15 @@ def test_a_spread_is_notable_from_10_ms_and_a_tenth_of_the_interval_on(
     notable: bool,  # noqa: FBT001 - the table's last column
 ) -> None:
     assert is_notable(Waits(1, least_s, most_s, interval_s)) == notable
+
+
+def test_destinations_that_take_only_numbers_get_the_extremes_the_slowest_rank_and_the_lag() -> None:
+    assert as_metrics(Waits(3, 0.125, 0.5, 2.0, host="node-2", lag=4, behind=1)) == {
+        "logsync/wait_s/min": 0.125,
+        "logsync/wait_s/max": 0.5,
+        "logsync/wait_s/argmin_rank": 3.0,
+        "logsync/lag_steps": 4.0,
+    }
 
 
 # In a round
