@@ -38,6 +38,7 @@ from logsync.coordinator.messages import (
     Rhythm,
     Settings,
     State,
+    Waits,
     Window,
     decode_state,
     encode,
@@ -45,6 +46,7 @@ from logsync.coordinator.messages import (
 )
 from logsync.coordinator.reduction import Partials
 from logsync.coordinator.rounds import check_hellos, read_hellos, read_reports, step_mismatch
+from logsync.coordinator.waits import waits_of
 
 __all__ = ["Coordinator", "misfit"]
 
@@ -64,6 +66,7 @@ _STANDING = (
     "_entry_call",
     "_missed",
     "_unanswered",
+    "_waits_from",
 )
 _CALLS = ("decision", "write")  # what a rank's user called; the other kinds come from ranks that call nothing
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...], dict[int, int]]
@@ -153,6 +156,9 @@ class Coordinator:
         self._entry_call = 0  # the call up to which everything is in an entry
         self._missed = 0  # calls of earlier starts that are in no entry and in no window
         self._unanswered = 0  # rounds in a row that only waited for an update
+        self._hosts: dict[int, str] = {}
+        self._round_times = (0.0, 0.0)  # of the last round and of this one
+        self._waits_from: float | None = None  # when the round before the last entry's was
 
     def handle(
         self, frames: Sequence[bytes | bytearray | memoryview], now: float = 0.0
@@ -170,6 +176,7 @@ class Coordinator:
         """
         number = self._round
         self._round += 1
+        self._round_times = (self._round_times[1], now)
         moment = self._moment()
         over = _GOES_ON
         try:
@@ -203,6 +210,7 @@ class Coordinator:
         counting = active[0] if active else max(reports, key=lambda r: r.call)
         active = active or reports
         kind = counting.kind
+        self._hosts.update((r.rank, r.host) for r in reports if r.host)
         _check_faults(reports)
         _check_numbers(reports, whole=not self.frequency_manager.is_epoch_frequency_manager)
         self._restore(active, counting)
@@ -227,7 +235,13 @@ class Coordinator:
                 # What is left at the end may follow a write() at a later step: an entry's step never goes back.
                 last = manager.last_log_step if over.run else None
                 step = counting.step if last is None or counting.step is None else max(counting.step, last)
-                entry = self._entry(partials, step, counting.call, now)
+                since = None if self._detached else self._waits_from
+                waits = (
+                    None
+                    if since is None
+                    else waits_of(active, self._hosts, self._round_times[0] - since, self._world_size)
+                )
+                entry = self._entry(partials, step, counting.call, now, waits)
         if kind not in _CALLS:
             return self._decision(number, entry=entry, over=over, notices=notices)
         lease = 0
@@ -324,7 +338,7 @@ class Coordinator:
         self._missed = max(1, self._missed)
         return self._entry(partials, step, call, now)
 
-    def _entry(self, partials: Partials, step: Step, call: int, now: float) -> LogEntry:
+    def _entry(self, partials: Partials, step: Step, call: int, now: float, waits: Waits | None = None) -> LogEntry:
         """Reduce what was recorded up to `call` to an entry and mark it written at `step`."""
         merged = partials.reduce(self._world_size)
         entry = LogEntry(
@@ -338,12 +352,14 @@ class Coordinator:
             ranks=merged.ranks,
             nan_ranks=merged.nan_ranks,
             partial=self._missed > 0 or self._detached,
+            waits=waits,
         )
         self.frequency_manager.log_written(step)
         self.next_seq += 1
         self.entries_made += 1
         self._entry_call = call
         self._missed = 0
+        self._waits_from = self._round_times[0]
         return entry
 
     def _check_steps(self, active: list[Report], counting: Report) -> None:

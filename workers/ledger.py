@@ -227,6 +227,8 @@ class Ledger:
         *,
         check_model_update: bool = False,
         window: Window | None = None,
+        waited_s: float | None = None,
+        host: str = "",
     ) -> bytes:
         """End the lease, count the call if it is one, and return this rank's frame for the next round."""
         self._settle()
@@ -250,6 +252,8 @@ class Ledger:
                 window=window or Window(),
                 fault=self._fault,
                 restore=self._restore,
+                waited_s=waited_s,
+                host=host,
             )
         )
 

@@ -6,6 +6,7 @@ import atexit
 import copy
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from logsync.coordinator.errors import (
 from logsync.coordinator.frequency import FrequencyType, LogStepType
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import (
+    MAX_WAIT_S,
     Decision,
     Hello,
     LogEntry,
@@ -40,6 +42,7 @@ from logsync.coordinator.messages import (
 )
 from logsync.workers.absence import Absence
 from logsync.workers.ledger import Ledger
+from logsync.workers.timer import Timer, Timers
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.notes import ranks_text
@@ -101,6 +104,7 @@ class TrainingLog(Ledger):
         self._host = host
         self._window = OpenWindow()
         self.record: Callable[..., None] = self._window.record
+        self._timers = Timers(self._window)
         self._pid = os.getpid()
         self._detached = False
         self._unusable: LogsyncError | None = None  # why no further round can be made
@@ -113,6 +117,8 @@ class TrainingLog(Ledger):
         self._rounds = 0
         self._bytes_sent = 0
         self._wait_s = 0.0
+        self._waited_s: float | None = None  # in the rounds since the last entry, that one's included
+        self._host_name = ascii(socket.gethostname())[1:-1][:64]  # until the root has it
 
     # -- the frequency manager's surface -----------------------------------------------------------------------
 
@@ -291,6 +297,22 @@ class TrainingLog(Ledger):
         if self._host is not None:
             self._host.log_hyperparams(values)
 
+    def timer(self, name: str) -> Timer:
+        """Return a context manager, or decorator, that records the seconds of a section as metric `time_s/<name>`.
+
+        The entry has the mean over all sections of the window, and /min, /max, /std and /argmax_rank of the ranks'
+        own means. **Time sections without a collective:** in one with a collective, such as a backward pass under
+        DDP, all ranks wait for the slowest, so it takes equally long everywhere. On a GPU it is the host's time.
+
+        A section that raises counts. Timers may be nested; one inside itself counts its inner seconds twice. Never
+        communicates.
+
+        Raises:
+            TypeError, ValueError: `name` cannot name a metric, or `time_s/<name>` is recorded with other reductions.
+            LogClosed: the log is closed.
+        """
+        return self._timers[name]
+
     def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
         if self._parked and self._unusable is None:
             lease, self._parked = self._parked, 0
@@ -336,7 +358,15 @@ class TrainingLog(Ledger):
     ) -> Decision:
         carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
-        frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
+        frame = self._frame(
+            kind,
+            step,
+            check_model_update=check_model_update,
+            window=taken.message,
+            waited_s=self._waited_s,
+            host=self._host_name,
+        )
+        waited_before = self._wait_s
         made = self._entries_made()
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
@@ -355,6 +385,10 @@ class TrainingLog(Ledger):
                 "so this log makes no further rounds"
             )
             raise
+        self._host_name = ""
+        # Nobody waits for a rank that has closed and answers in the background, and it for nobody.
+        since = 0.0 if decision.entry is not None or self._waited_s is None else self._waited_s
+        self._waited_s = None if kind == "closed" else min(since + self._wait_s - waited_before, MAX_WAIT_S)
         if decision.entry is None:
             self._window.give_back(taken)
         self._tell(decision)
@@ -397,6 +431,7 @@ class TrainingLog(Ledger):
         refused = self._begin_in_any_case()
         self._settle()
         self._left_open = self._window.take()
+        self._waited_s = None
         self._doubtful = (self._entries_made(), self._left_open)
         self._absence = Absence(self._answer_absent)
         self._absence.start()
@@ -635,6 +670,7 @@ class TrainingLog(Ledger):
             self._settle()
         self._parked = 0
         self.record = _refuse_to_record
+        self._timers.close()
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()

@@ -195,6 +195,19 @@ class OpenWindow:
         for where, pairs in device.items():
             self._bank(where, pairs).fold([tensor for _, tensor in pairs], weighed, self._order)
 
+    def mean_with_spread(self, name: str) -> Cell:
+        """Return the cell of a mean with spread, for a caller that adds to its `value` and `weight` by itself.
+
+        Raises:
+            TypeError, ValueError: as `record` does for a bad name, or one that is used otherwise.
+        """
+        options: tuple[Reduction, Reduction, bool, bool] = ("mean", "mean", True, False)
+        name = checked_name(name)
+        cell = self._cells.get(name) or Cell(KeySpec(name, *options))
+        self._check_spec(cell, options)
+        self._register({name: cell})
+        return cell
+
     def take(self) -> Taken:
         """Empty the window into a message. Waits for the devices that hold values of it."""
         for bank, shares in read_banks(self._banks.values()):

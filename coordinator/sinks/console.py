@@ -32,6 +32,8 @@ class ConsoleSink:
     printed as a line. In a pipe or a file every entry is one line without colours:
     `logsync train step=50 seq=1 train/loss=0.1234`.
 
+    Where ranks waited for one of them (10 ms, and a tenth of the time between logs), the entry names it and its host.
+
     Progress bars of tqdm on the same terminal stay below what is printed. Values have four significant digits: this
     is for reading. The exact numbers are in `metrics.jsonl`.
     """

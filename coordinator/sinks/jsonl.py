@@ -27,6 +27,7 @@ class JsonlSink:
         nonfinite         "nan", "inf" or "-inf" for each metric that is one: JSON has no such numbers, so the metric
                           itself is null
         nan_ranks         which ranks made a metric NaN or infinite
+        waits             which rank was slow, and how long others waited for it: the fields of `Waits`
 
     Floats come back exactly as they were. Every line is in the kernel's hands when `write` returns, and on the disk
     after `close`. A write that fails half-way (a full disk) is taken back.
@@ -99,6 +100,8 @@ def _line(entry: LogEntry) -> bytes:
         record["nonfinite"] = nonfinite
     if entry.nan_ranks:
         record["nan_ranks"] = entry.nan_ranks
+    if entry.waits is not None:
+        record["waits"] = entry.waits
     return msgspec.json.encode(record) + b"\n"
 
 

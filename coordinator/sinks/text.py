@@ -6,6 +6,7 @@ import math
 
 from logsync.coordinator.errors import Step, printable
 from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.waits import slowest_text
 
 __all__ = ["note", "readable", "readable_step"]
 
@@ -40,4 +41,6 @@ def note(entry: LogEntry) -> str:
     for ranks, keys in keys_of.items():
         named = ", ".join(map(str, ranks[:_RANKS_NAMED])) + (", ..." if len(ranks) > _RANKS_NAMED else "")
         notes.append(f"not finite because of rank{'s' * (len(ranks) > 1)} {named}: {', '.join(keys)}")
+    if entry.waits is not None and (slowest := slowest_text(entry.waits)):
+        notes.append(slowest)
     return "; ".join(notes)

@@ -71,7 +71,7 @@ class Job:
         assert (self.run_dir / "metrics.jsonl").read_text().endswith("\n")
         logged = entries(self.run_dir)
         assert [entry["seq"] for entry in logged] == list(range(len(logged))), self.told()
-        content = [{key: value for key, value in e.items() if key not in ("time", "attempt")} for e in logged]
+        content = [{key: value for key, value in e.items() if key not in ("time", "attempt", "waits")} for e in logged]
         assert content == uninterrupted(), self.told()
         attempts = [entry["attempt"] for entry in logged]
         assert all(a <= b for a, b in itertools.pairwise(attempts)), attempts

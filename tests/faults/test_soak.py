@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).with_name("soaking.py")
 RANKS = 4
 SOAK_S = float(os.environ.get("LOGSYNC_SOAK_S", "600"))
 FLAT_MB = 3.0
-HEAD = {"seq", "step", "time", "attempt"}
+HEAD = {"seq", "step", "time", "attempt", "waits"}
 
 
 def soaked(folder: Path, seconds: float) -> Ran:

@@ -91,7 +91,8 @@ ALLOWED = {
     "lease": {"frequency", "messages", "errors"},
     "reduction": {"messages", "errors"},
     "rounds": {"messages", "errors"},
-    "core": {"frequency", "lease", "rounds", "reduction", "messages", "errors"},
+    "waits": {"messages", "errors"},
+    "core": {"frequency", "lease", "rounds", "reduction", "waits", "messages", "errors"},
 }
 
 
