@@ -81,6 +81,8 @@ _DESTINATIONS = {
     "csv": _Destination("logsync.coordinator.sinks.csv_file", "CsvSink", option="PATH"),
     "logging": _Destination("logsync.coordinator.sinks.python_logging", "LoggingSink", option="LOGGER_NAME"),
     "tensorboard": _Destination("logsync.coordinator.sinks.tensorboard", "TensorboardSink", option="DIR"),
+    "wandb": _Destination("logsync.coordinator.sinks.wandb", "WandbSink", option="PROJECT"),
+    "mlflow": _Destination("logsync.coordinator.sinks.mlflow", "MlflowSink", option="TRACKING_URI"),
     "prometheus": _Destination("logsync.coordinator.sinks.prometheus", "PrometheusSink", option="PORT"),
 }
 _KNOWN = ", ".join(name + (f", {name}:{where.option}" if where.option else "") for name, where in _DESTINATIONS.items())

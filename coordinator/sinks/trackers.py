@@ -24,14 +24,14 @@ _FARTHEST = 2**63 - 1
 def require(package: str, extra: str) -> None:
     """Raise `ConfigError` if `package` is not installed; it is looked for, not imported."""
     found = importlib.util.find_spec(package)
-    # A folder of that name in the current one is found too, as a package without a file.
+    # A folder of that name, such as the ./wandb that W&B makes, is found too, as a package without a file.
     if found is None or found.origin is None:
         msg = f"the sink {extra!r} needs the package {package}, which is not installed: pip install 'logsync[{extra}]'"
         raise ConfigError(msg)
 
 
 class Axis:
-    """Steps as the whole numbers that TensorBoard places points at.
+    """Steps as the whole numbers that TensorBoard and MLflow place points at.
 
     An int is itself. A fraction, that is an epoch, is counted in millionths, so that epoch 1.5 is 1,500,000 (shown as
     1.5M); once a fraction was seen, ints are too, because they are epochs then. An entry without a step is put where

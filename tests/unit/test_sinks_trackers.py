@@ -89,7 +89,7 @@ def test_a_folder_that_has_the_packages_name_is_not_taken_for_it(
         require("made_by_it", "x")
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "prometheus"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "prometheus"])
 def test_the_error_comes_where_the_sink_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
 
@@ -100,8 +100,8 @@ def test_the_error_comes_where_the_sink_is_named(name: str, monkeypatch: pytest.
 def test_naming_a_sink_imports_no_tracker() -> None:
     script = (
         "import sys; from logsync.coordinator.sinks.base import make_sink\n"
-        "for name in ('csv', 'logging', 'tensorboard', 'prometheus'): make_sink(name)\n"
-        "print({'tensorboard', 'prometheus_client', 'google'} & set(sys.modules))"
+        "for name in ('csv', 'logging', 'tensorboard', 'wandb', 'mlflow', 'prometheus'): make_sink(name)\n"
+        "print({'tensorboard', 'wandb', 'mlflow', 'prometheus_client', 'google'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", f"import sys; sys.path += {sys.path!r}\n" + script]
 
