@@ -21,9 +21,8 @@ def world_of_one(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.timeout(30)
-def test_connect_ends_by_its_timeout_although_gloo_goes_on_trying(
-    world_of_one: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("world_of_one")
+def test_connect_ends_by_its_timeout_although_gloo_goes_on_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     given_up = threading.Event()
     monkeypatch.setattr(dist, "new_group", lambda *_args, **_options: given_up.wait(60))
     try:
