@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 from logsync.coordinator.errors import printable
-from logsync.coordinator.messages import MAX_WAIT_S, MAX_WAITS, Report, Waits
+from logsync.coordinator.messages import MAX_WAIT_S, MAX_WAITS, LogEntry, Report, Waits
 
-__all__ = ["as_metrics", "is_notable", "slowest_text", "waits_of"]
+__all__ = ["flat_metrics", "is_notable", "slowest_text", "waits_of"]
 
 _NOTABLE_S = 0.01  # less is a busy machine, or where a rank sits in the broadcast's tree
 _NOTABLE_SHARE = 0.1
@@ -65,9 +65,13 @@ def slowest_text(waits: Waits) -> str:
     )
 
 
-def as_metrics(waits: Waits) -> dict[str, float]:
-    """Return `waits` as numbers under names of their own, for destinations that take nothing else."""
+def flat_metrics(entry: LogEntry) -> dict[str, float]:
+    """Return the metrics, and the waits under names of their own: most destinations take numbers and nothing else."""
+    waits = entry.waits
+    if waits is None:
+        return entry.metrics
     return {
+        **entry.metrics,
         "logsync/wait_s/min": waits.least_s,
         "logsync/wait_s/max": waits.most_s,
         "logsync/wait_s/argmin_rank": float(waits.slowest),

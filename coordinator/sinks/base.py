@@ -39,6 +39,15 @@ class RunInfo:
     run_id: str = ""
     last_entry: LogEntry | None = None
 
+    def unwritten(self, newest_seq: int) -> LogEntry | None:
+        """Return the checkpoint's last entry if the run was killed before it was stored.
+
+        Args:
+            newest_seq: the last `seq` below `next_seq` that is stored, -1 if there is none.
+        """
+        last = self.last_entry
+        return last if self.resumed and last is not None and last.seq == newest_seq + 1 == self.next_seq - 1 else None
+
 
 @runtime_checkable
 class Sink(Protocol):

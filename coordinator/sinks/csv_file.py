@@ -11,6 +11,7 @@ from typing import BinaryIO
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.files import Appender, Record, absolute, open_for
+from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["CsvSink"]
 
@@ -67,7 +68,7 @@ def _rows(entry: LogEntry) -> bytes:
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     step = "" if entry.step is None else entry.step
     head = (entry.seq, step, entry.time, entry.attempt)
-    writer.writerows((*head, key, value) for key, value in entry.metrics.items())
+    writer.writerows((*head, key, value) for key, value in flat_metrics(entry).items())
     return text.getvalue().encode()
 
 

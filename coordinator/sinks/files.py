@@ -65,19 +65,16 @@ class Appender:
 
     def missing_entry(self, run: RunInfo) -> LogEntry | None:
         """Return the checkpoint's last entry if the run was killed before it was written here."""
-        last, newest = run.last_entry, self._newest_seq
-        if not run.resumed or newest + 1 >= run.next_seq:
-            return None
-        if last is not None and last.seq == newest + 1 == run.next_seq - 1:
-            return last
-        if newest >= 0:
+        newest = self._newest_seq
+        missing = run.unwritten(newest)
+        if missing is None and run.resumed and 0 <= newest < run.next_seq - 1:
             _logger.warning(
                 "%s ends at seq %d and is continued at seq %d: what lies between was never written",
                 self._path,
                 newest,
                 run.next_seq,
             )
-        return None
+        return missing
 
     def append(self, data: bytes) -> None:
         """Append `data`; if that fails, leave the file as it was."""

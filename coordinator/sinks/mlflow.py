@@ -17,6 +17,7 @@ from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.trackers import Axis, LastLogged, Replay, flat, require
+from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["MlflowSink"]
 
@@ -79,6 +80,9 @@ class MlflowSink:
             self._axis.place(held.seq, held.step)
         self._replay = Replay("MLflow", run, held)
         self._client = client
+        missing = run.unwritten(-1 if held is None else held.seq)
+        if missing is not None:
+            self.write(missing)
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Log them as the run's parameters; MLflow never changes one that it has."""
@@ -105,14 +109,23 @@ class MlflowSink:
         self._check_it_answers()
         place = self._axis.place(entry.seq, entry.step)
         milliseconds = round(entry.time * 1000)
+        values = flat_metrics(entry)
         metrics = [
-            self._mlflow.entities.Metric(name, entry.metrics[key], milliseconds, place)
-            for key, name in self._names.of(entry.metrics).items()
+            self._mlflow.entities.Metric(name, values[key], milliseconds, place)
+            for key, name in self._names.of(values).items()
         ]
         last = LastLogged(entry.seq, entry.step, self._axis.fractions)
         tag = self._mlflow.entities.RunTag(_LAST_TAG, msgspec.json.encode(last).decode())
         # The same entry sent twice is one to MLflow, so a retry doubles nothing.
-        client.log_batch(self._run_id, metrics=metrics, tags=[tag])
+        try:
+            client.log_batch(self._run_id, metrics=metrics, tags=[tag])
+        except self._mlflow.MlflowException as error:
+            cause = error.__cause__ or error.__context__
+            # Not so a server that has refused this one again and again: it would keep all others waiting.
+            if isinstance(cause, OSError) and type(cause).__name__ != "RetryError":
+                msg = f"the MLflow server at {_without_password(self._uri)} went away"
+                raise ConnectionError(msg) from error
+            raise
 
     def close(self) -> None:
         """Mark the run as finished; a second call does nothing."""

@@ -10,6 +10,7 @@ from logsync.coordinator.errors import ConfigError, printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.trackers import require
+from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["PrometheusSink"]
 
@@ -81,7 +82,7 @@ class PrometheusSink:
         if self._server is None:
             msg = "write() on a PrometheusSink that is not open"
             raise ValueError(msg)
-        for key, value in entry.metrics.items():
+        for key, value in flat_metrics(entry).items():
             self._gauges["metric"].labels(self._log, key).set(value)
         self._gauges["step"].labels(self._log).set(float("nan") if entry.step is None else entry.step)
         self._gauges["seq"].labels(self._log).set(entry.seq)

@@ -19,6 +19,7 @@ from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.files import Appender, absolute, set_aside
 from logsync.coordinator.sinks.trackers import Axis, flat, require
+from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["TensorboardSink"]
 
@@ -80,6 +81,9 @@ class TensorboardSink:
             path.unlink(missing_ok=True)
             raise
         self._file = file
+        missing = run.unwritten(kept[-1].seq if kept else -1)
+        if missing is not None:
+            self.write(missing)
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Show them in the HPARAMS tab."""
@@ -91,7 +95,7 @@ class TensorboardSink:
         file = self._opened()
         place = self._axis.place(entry.seq, entry.step)
         value = self._tb.summary.Summary.Value
-        points = [value(tag=key, simple_value=number) for key, number in entry.metrics.items()]
+        points = [value(tag=key, simple_value=number) for key, number in flat_metrics(entry).items()]
         mark = self._tb.events.SessionLog(
             status=self._tb.events.SessionLog.CHECKPOINT, msg=_text_of(_Mark(entry.seq, entry.step))
         )

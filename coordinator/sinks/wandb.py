@@ -12,6 +12,7 @@ from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.trackers import LastLogged, Replay, flat, require
 from logsync.coordinator.sinks.wandb_files import history
+from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["WandbSink"]
 
@@ -75,6 +76,9 @@ class WandbSink:
         held = _held(self._run) if run.resumed else None
         self._replay = Replay("W&B", run, held)
         self._last_step = None if held is None else held.step
+        missing = run.unwritten(-1 if held is None else held.seq)
+        if missing is not None:
+            self.write(missing)
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Put them into the run's config."""
@@ -90,7 +94,7 @@ class WandbSink:
             step = entry.seq if self._last_step is None else self._last_step
         else:
             self._last_step = step
-        run.log({**entry.metrics, "step": step, "seq": entry.seq})
+        run.log({**flat_metrics(entry), "step": step, "seq": entry.seq})
 
     def close(self) -> None:
         """Finish the run; what was not uploaded in time stays on disk. A second call does nothing."""

@@ -123,7 +123,8 @@ class Logging:
         return f"id-{self.folder.name}"
 
     def start(self, *entries: LogEntry, next_seq: int = 0, resumed: bool = False, close: bool = True) -> MlflowSink:
-        info = run(self.folder, next_seq, resumed=resumed, run_id=self.run_id)
+        last = entry(next_seq - 1) if next_seq else None
+        info = run(self.folder, next_seq, resumed=resumed, run_id=self.run_id, last_entry=last)
         sink = feed(lambda: MlflowSink(self.server.uri), info, *entries, close=close)
         assert isinstance(sink, MlflowSink)
         return sink
@@ -229,6 +230,30 @@ def test_a_resumed_job_continues_its_run_and_doubles_no_step(log: Logging, *, ki
     sink.close()
 
     assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5), (40, 2.0), (50, -1.0), (60, -1.0)]
+
+
+def test_the_checkpoints_entry_that_a_kill_kept_from_the_run_is_added(log: Logging) -> None:
+    log.start(entry(0), entry(1), close=False)
+
+    log.start(entry(3), next_seq=3, resumed=True)
+
+    assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5)]
+
+
+def test_a_server_that_goes_away_in_the_middle_of_a_request_is_an_error_that_passes(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = log.start(entry(0), close=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    # Healthy when it is asked, and stopped right after it.
+    monkeypatch.setattr(sink, "_check_it_answers", lambda: None)
+
+    with log.server.stopped(), pytest.raises(ConnectionError, match="went away"):
+        sink.write(entry(1))
+    sink.write(entry(1))
+
+    assert log.points("loss") == [(0, 0.0), (10, 0.5)]
 
 
 def test_a_resume_at_another_pace_doubles_no_step(log: Logging) -> None:

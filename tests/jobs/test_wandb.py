@@ -108,6 +108,13 @@ def test_a_resumed_run_logs_nothing_that_the_first_attempt_logged(attempts: list
     assert second.history[-1] == {"seq": 7, "step": 45, "eval": 1.0}
 
 
+@pytest.mark.usefixtures("attempts")
+def test_the_checkpoints_entry_that_a_kill_kept_from_the_run_is_added(started: dict[str, Started]) -> None:
+    found = offline_runs(started["offline"].folder / "lacking")
+
+    assert [row["seq"] for attempt in found for row in attempt.history] == [0, 1, 2, 3]
+
+
 def test_hyperparameters_are_the_runs_config(attempts: list[OfflineRun]) -> None:
     assert {key: attempts[0].config[key] for key in ("lr", "optimizer/name")} == {"lr": 0.1, "optimizer/name": "adam"}
     assert attempts[1].config["lr"] == 0.2

@@ -20,7 +20,14 @@ def entry(seq: int, metrics: dict[str, float] | None = None, **changes: object) 
     return msgspec.structs.replace(plain, **changes)
 
 
-def run(run_dir: Path, next_seq: int = 0, *, resumed: bool = False, run_id: str = "") -> RunInfo:
+def run(
+    run_dir: Path,
+    next_seq: int = 0,
+    *,
+    resumed: bool = False,
+    run_id: str = "",
+    last_entry: LogEntry | None = None,
+) -> RunInfo:
     return RunInfo(
         run_dir=run_dir,
         name="train",
@@ -29,6 +36,7 @@ def run(run_dir: Path, next_seq: int = 0, *, resumed: bool = False, run_id: str 
         next_seq=next_seq,
         resumed=resumed,
         run_id=run_id,
+        last_entry=last_entry,
     )
 
 

@@ -122,6 +122,15 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path, n
     assert scalars(tmp_path / "tb")["loss"] == old + [(seq * 10, -1.0) for seq in range(next_seq, 7)]
 
 
+def test_the_checkpoints_entry_that_a_kill_kept_from_the_files_is_added_and_no_other(tmp_path: Path) -> None:
+    feed(TensorboardSink, run(tmp_path), entry(0), entry(1), close=False)
+
+    feed(TensorboardSink, run(tmp_path, 3, resumed=True, last_entry=entry(2)), entry(3))
+    feed(TensorboardSink, run(tmp_path, 3, resumed=True, last_entry=entry(2)), entry(3))
+
+    assert scalars(tmp_path / "tb")["loss"] == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5)]
+
+
 def test_points_between_the_new_steps_go_when_the_job_resumes_at_another_pace(tmp_path: Path) -> None:
     feed(TensorboardSink, run(tmp_path), *map(entry, range(6)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -34,8 +35,9 @@ from logsync.coordinator.messages import (
 )
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.console import ConsoleSink
+from logsync.coordinator.sinks.csv_file import CsvSink
 from logsync.coordinator.sinks.jsonl import JsonlSink
-from logsync.coordinator.waits import as_metrics, is_notable, waits_of
+from logsync.coordinator.waits import flat_metrics, is_notable, waits_of
 from logsync.workers import TrainingLog, connect
 from logsync.workers.transports.threads import ThreadTransport, ThreadWorld
 from support.lockstep import settings
@@ -154,12 +156,16 @@ def test_a_spread_is_notable_from_10_ms_and_a_tenth_of_the_interval_on(
 
 
 def test_destinations_that_take_only_numbers_get_the_extremes_the_slowest_rank_and_the_lag() -> None:
-    assert as_metrics(Waits(3, 0.125, 0.5, 2.0, host="node-2", lag=4, behind=1)) == {
+    waited = entry(Waits(3, 0.125, 0.5, 2.0, host="node-2", lag=4, behind=1))
+
+    assert flat_metrics(waited) == {
+        **waited.metrics,
         "logsync/wait_s/min": 0.125,
         "logsync/wait_s/max": 0.5,
         "logsync/wait_s/argmin_rank": 3.0,
         "logsync/lag_steps": 4.0,
     }
+    assert flat_metrics(entry(None)) == waited.metrics
 
 
 # In a round
@@ -438,6 +444,18 @@ def test_the_console_names_the_slowest_rank_and_its_host_when_the_spread_is_nota
     assert "\x1b" not in on_console(monkeypatch, entry(msgspec.structs.replace(slow, host="\x1b[2J")))
     for quiet in (None, Waits(3, 0.8, 0.85, 5.2, host="node-2")):
         assert on_console(monkeypatch, entry(quiet)) == f"{line}\n"
+
+
+def test_flat_destinations_get_the_waits_as_numbers(tmp_path: Path) -> None:
+    sink = CsvSink(tmp_path / "metrics.csv")
+    sink.open(RUN)
+    sink.write(entry(Waits(3, 0.125, 0.5, 2.0)))
+    sink.close()
+
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        values = {row["metric"]: float(row["value"]) for row in csv.DictReader(file)}
+    assert values["logsync/wait_s/max"] == 0.5
+    assert values["logsync/wait_s/argmin_rank"] == 3
 
 
 def test_a_json_line_has_the_waits_without_what_is_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def offline(folder: Path) -> None:
     thread.join()
 
     feed(WandbSink, run(folder / "fractions", run_id="frac"), entry(0, step=0.5), entry(1, step=None), entry(2, step=2))
+    feed(WandbSink, run(folder / "lacking", run_id="lack"), entry(0), entry(1))
+    feed(WandbSink, run(folder / "lacking", 3, resumed=True, run_id="lack", last_entry=entry(2)), entry(3))
     os.environ["WANDB_MODE"] = "disabled"
 
 
@@ -33,7 +35,7 @@ def two_attempts(sink: WandbSink, folder: Path) -> None:
     for seq in range(5):
         sink.write(entry(seq, {"loss": seq / 2, "nan": math.nan, "inf": math.inf}))
     sink.close()
-    sink.open(run(first, 3, resumed=True, run_id="abcd1234"))
+    sink.open(run(first, 3, resumed=True, run_id="abcd1234", last_entry=entry(2)))
     for seq in (3, 4, 5, 6):  # at another pace: steps 30, 35, 40, 45 where 30 and 40 are there
         sink.write(entry(seq, {"loss": -1.0}, step=30 + 5 * (seq - 3)))
     sink.write(entry(7, {"eval": 1.0}, step=45))
