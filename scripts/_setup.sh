@@ -51,7 +51,8 @@ make_venv() {
 
 setup() {
   local extra=$1 source=$venv/source stamp=$venv/installed-$1 wanted
-  local -a pip=("$python" -m pip install --constraint "$root/constraints.txt")
+  # Bytecode is left to the first import: most modules of what is installed are never imported.
+  local -a pip=("$python" -m pip install --no-compile --constraint "$root/constraints.txt")
 
   make_venv
 
