@@ -67,6 +67,7 @@ _STANDING = (
     "_missed",
     "_unanswered",
     "_waits_from",
+    "_hosts",
 )
 _CALLS = ("decision", "write")  # what a rank's user called; the other kinds come from ranks that call nothing
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...], dict[int, int]]
@@ -210,7 +211,9 @@ class Coordinator:
         counting = active[0] if active else max(reports, key=lambda r: r.call)
         active = active or reports
         kind = counting.kind
-        self._hosts.update((r.rank, r.host) for r in reports if r.host)
+        named = {r.rank: r.host for r in reports if r.host}  # the first time only
+        if named:
+            self._hosts = self._hosts | named
         _check_faults(reports)
         _check_numbers(reports, whole=not self.frequency_manager.is_epoch_frequency_manager)
         self._restore(active, counting)

@@ -108,10 +108,11 @@ def _line(entry: LogEntry) -> bytes:
 def _records(file: BinaryIO) -> Iterator[Record]:
     for line in file:
         head = _head_of(line)
+        whole = _parses(line)  # what comes behind the head may be garbage all the same
         if head is None:
-            yield Record(line, None, whole=_parses(line))
+            yield Record(line, None, whole=whole)
         else:
-            yield Record(line, head.seq, time=_time_of(head))
+            yield Record(line, head.seq, whole=whole, time=_time_of(head))
 
 
 def _head_of(line: bytes) -> _Head | None:
