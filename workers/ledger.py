@@ -368,7 +368,9 @@ class Ledger:
         the calls since the checkpoint, and is marked partial.
         """
         missed = self.calls - self._entry_call
-        return {"state": encode(msgspec.structs.replace(self.state, missed=missed, entry=self.last_entry))}
+        # Without the waits, which may be long, and with which no state would be like another run's.
+        entry = None if self.last_entry is None else msgspec.structs.replace(self.last_entry, waits=None)
+        return {"state": encode(msgspec.structs.replace(self.state, missed=missed, entry=entry))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
         """Go on where `state_dict` was taken, at any world size; call it on every rank, with the same state.

@@ -27,6 +27,7 @@ _ENDED = frozenset(("done", "failed", "dead"))
 
 Frozen = tuple[Hashable, ...]
 _SKIPPED = "skipped"
+_APART = ("frequency_manager", "_cadence", "_steps", "_hosts")  # kept in another way; no frame names a host here
 _SAID = ("update", "frequency")
 
 
@@ -339,7 +340,7 @@ class Model:
 
     def _freeze_coordinator(self) -> Frozen:
         coordinator = self._coordinator
-        held = {n: v for n, v in vars(coordinator).items() if n not in ("frequency_manager", "_cadence", "_steps")}
+        held = {n: v for n, v in vars(coordinator).items() if n not in _APART}
         return (
             tuple(held.items()),
             tuple(vars(coordinator.frequency_manager).items()),
