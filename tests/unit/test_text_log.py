@@ -487,10 +487,6 @@ def test_threads_that_begin_together_lose_no_line(name: str, tmp_path: Path) -> 
     assert [said.count(f"WARNING {name}: from {number}") for number in range(8)] == [50] * 8
 
 
-def _warn_from_a_child(logger: logging.Logger) -> None:
-    logger.warning("from a child")
-
-
 @pytest.mark.parametrize(
     "start", [multiprocessing.get_context("fork").Process, multiprocessing.get_context("spawn").Process]
 )
@@ -500,7 +496,7 @@ def test_a_logger_works_in_a_forked_and_in_a_spawned_child(
     launch(monkeypatch, 1, 2)
     logger = get_logger(name, directory=tmp_path)
     logger.info("before")
-    child = start(target=_warn_from_a_child, args=(logger,))
+    child = start(target=logger.warning, args=("from a child",))
     child.start()
     child.join(30)
 
