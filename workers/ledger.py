@@ -71,6 +71,7 @@ class Ledger:
         "_finished",
         "_frequency_type",
         "_gap",
+        "_last_entry",
         "_lease",
         "_left",
         "_previous",
@@ -85,7 +86,6 @@ class Ledger:
         "_state",
         "_steps",
         "_world_size",
-        "last_entry",
     )
 
     def __init__(self, rank: int, world_size: int, *, max_lease: int, frequency_type: str) -> None:
@@ -95,8 +95,7 @@ class Ledger:
         self._run = ""
         self._round = 0
         self._state: State | None = None
-        self.last_entry: LogEntry | None = None
-        """The newest entry, the same on every rank, without what `annotate` added; None before the first."""
+        self._last_entry: LogEntry | None = None
 
         # A leased call writes its step to _steps[_left] and counts _left down to 0.
         self._left = 0
@@ -140,6 +139,11 @@ class Ledger:
             msg = "no reply has come yet"
             raise RuntimeError(msg)
         return self._state
+
+    @property
+    def last_entry(self) -> LogEntry | None:
+        """The newest entry, the same on every rank, without what `annotate` added; None before the first."""
+        return self._last_entry
 
     def log_ready(self, current_log_step: LogStepType, check_model_update: bool = False) -> bool:  # noqa: FBT001, FBT002 - the signature of FrequencyManager
         """Say whether a log is due at `current_log_step`, with the same answer on every rank.
@@ -231,30 +235,43 @@ class Ledger:
         host: str = "",
     ) -> bytes:
         """End the lease, count the call if it is one, and return this rank's frame for the next round."""
+        return encode(
+            self._report(kind, step, check_model_update=check_model_update, window=window, waited_s=waited_s, host=host)
+        )
+
+    def _report(
+        self,
+        kind: ReportKind,
+        step: object = None,
+        *,
+        check_model_update: bool = False,
+        window: Window | None = None,
+        waited_s: float | None = None,
+        host: str = "",
+    ) -> Report:
+        """Do so, and return the frame as a message."""
         self._settle()
         if kind == "decision":
             self._track((step,))
         counted = self._checked(step, self._calls) if kind == "write" else self._current
         self._sent_events = len(self._events)
-        return encode(
-            Report(
-                protocol=PROTOCOL,
-                run=self._run,
-                round=self._round,
-                rank=self._rank,
-                world_size=self._world_size,
-                kind=kind,
-                call=self._calls,
-                step=counted,
-                check_model_update=bool(check_model_update),
-                rhythm=Rhythm(self._rise, self._gap, self._since, self._current, tuple(self._falls)),
-                events=tuple(self._events),
-                window=window or Window(),
-                fault=self._fault,
-                restore=self._restore,
-                waited_s=waited_s,
-                host=host,
-            )
+        return Report(
+            protocol=PROTOCOL,
+            run=self._run,
+            round=self._round,
+            rank=self._rank,
+            world_size=self._world_size,
+            kind=kind,
+            call=self._calls,
+            step=counted,
+            check_model_update=bool(check_model_update),
+            rhythm=Rhythm(self._rise, self._gap, self._since, self._current, tuple(self._falls)),
+            events=tuple(self._events),
+            window=window or Window(),
+            fault=self._fault,
+            restore=self._restore,
+            waited_s=waited_s,
+            host=host,
         )
 
     def _settle(self) -> None:
@@ -303,7 +320,7 @@ class Ledger:
         self._falls = []
         self._restore = b""
         if decision.entry is not None:
-            self.last_entry = decision.entry
+            self._last_entry = decision.entry
             self._entry_call = self._calls
         if ended:
             self._enter(decision.new_epoch)
@@ -369,7 +386,7 @@ class Ledger:
         """
         missed = self.calls - self._entry_call
         # Without the waits, which may be long, and with which no state would be like another run's.
-        entry = None if self.last_entry is None else msgspec.structs.replace(self.last_entry, waits=None)
+        entry = None if self._last_entry is None else msgspec.structs.replace(self._last_entry, waits=None)
         return {"state": encode(msgspec.structs.replace(self.state, missed=missed, entry=entry))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
@@ -400,7 +417,7 @@ class Ledger:
         self._since = 0
         self._events.clear()
         self._fault = None
-        self.last_entry = state.entry
+        self._last_entry = state.entry
         self._state = msgspec.structs.replace(state, entry=None)
         self._restore = encode(self._state)  # without the entry, which rank 0 has from the same checkpoint
 

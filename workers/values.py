@@ -6,7 +6,7 @@ import numbers
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bank",
+    "Reading",
+    "begin_reading",
     "is_device_value",
     "local_tensor",
     "plain_number",
@@ -192,14 +194,40 @@ class Bank:
         return [(value, weight) for value in values]
 
 
-def read_banks(banks: Iterable[Bank]) -> Iterator[tuple[Bank, list[tuple[float, float]]]]:
-    """Read banks as (value, weight) of each cell, with one transfer per device. Waits for the devices."""
+class Reading(NamedTuple):
+    """Banks of one device that are on their way to the host."""
+
+    banks: list[Bank]
+    values: Tensor
+    event: Any  # what to wait for before `values` may be read; None where reading them waits by itself
+
+
+def begin_reading(banks: Iterable[Bank]) -> list[Reading]:
+    """Begin to read banks, with one transfer per device, in the current stream. Never waits for a device."""
     by_device: dict[Any, list[Bank]] = {}
     for bank in banks:
         by_device.setdefault(bank.device, []).append(bank)
-    for group in by_device.values():
-        import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+    return [_begin_reading(group) for group in by_device.values()]
 
-        read = iter(torch.cat([part for bank in group for part in bank.parts()]).tolist())
+
+def _begin_reading(group: list[Bank]) -> Reading:
+    import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+
+    values = torch.cat([part for bank in group for part in bank.parts()])
+    if values.device.type != "cuda":
+        return Reading(group, values, None)
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+    return Reading(group, pinned, event)
+
+
+def read_banks(readings: Iterable[Reading]) -> Iterator[tuple[Bank, list[tuple[float, float]]]]:
+    """Yield banks and (value, weight) of each of their cells. Waits for the devices, on any thread."""
+    for group, values, event in readings:
+        if event is not None:
+            event.synchronize()
+        read = iter(values.tolist())
         for bank in group:
             yield bank, bank.shares(read)

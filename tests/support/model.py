@@ -22,7 +22,7 @@ __all__ = ["Desk", "Model", "Root"]
 
 _SCHEMA = encode([KeySpec("x", "sum", "sum", per_rank=True)])
 _LISTS = ("_steps", "_falls", "_events")
-_KEPT = tuple(name for name in Ledger.__slots__ if name != "last_entry" and name not in _LISTS)
+_KEPT = tuple(name for name in Ledger.__slots__ if name != "_last_entry" and name not in _LISTS)
 _ENDED = frozenset(("done", "failed", "dead"))
 
 Frozen = tuple[Hashable, ...]
@@ -432,4 +432,4 @@ def _thaw(ledger: Ledger, frozen: Frozen) -> None:
         setattr(ledger, name, value)
     for name, value in zip(_LISTS, frozen[len(_KEPT) :], strict=True):
         setattr(ledger, name, list(value))  # type: ignore[call-overload]
-    ledger.last_entry = None
+    ledger._last_entry = None

@@ -1,0 +1,94 @@
+"""A round that runs on the log's thread while the training goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from logsync.coordinator.messages import Report, encode
+from logsync.workers.transports.base import Transport
+from logsync.workers.window import Taken
+
+__all__ = ["Flight", "Outcome", "Overlap"]
+
+
+class Flight:
+    """One round that is under way.
+
+    Args:
+        report: the frame, still without its window.
+        taking: waits for the devices that hold values of the window, and returns what was taken.
+        transport: carries the frame.
+        made: how many entries the root had made before.
+    """
+
+    def __init__(self, report: Report, taking: Callable[[], Taken], transport: Transport, made: int) -> None:
+        self.taken = Taken.nothing()
+        self.frame = b""
+        self.waited_s = 0.0
+        self.made = made
+        self.is_built = threading.Event()  # `taken` and `frame` are there
+        self._report = report
+        self._taking = taking
+        self._transport = transport
+
+    def __call__(self) -> bytes:
+        """Build the frame and exchange it; on the log's thread."""
+        try:
+            self.taken = self._taking()
+            self.frame = encode(msgspec.structs.replace(self._report, window=self.taken.message))
+        finally:
+            self.is_built.set()
+        started = time.perf_counter()
+        try:
+            return self._transport.exchange(self.frame)
+        finally:
+            self.waited_s = time.perf_counter() - started
+
+
+class Outcome(NamedTuple):
+    """What became of a round."""
+
+    reply: bytes
+    error: BaseException | None = None
+
+
+class Overlap:
+    """Runs one exchange at a time on a daemon thread, which an exit does not wait for."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], bytes] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, exchange: Callable[[], bytes]) -> None:
+        """Have `exchange` run; the one before must have been waited for."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="logsync-overlap", daemon=True)
+            self._thread.start()
+        self._jobs.put(exchange)
+
+    def wait(self) -> Outcome:
+        """Wait for the exchange; signal handlers run meanwhile.
+
+        A handler that raises leaves the exchange as it is, to be waited for again.
+        """
+        return self._outcomes.get()
+
+    def end(self) -> None:
+        """Let the thread end once it is through; nobody waits for it."""
+        self._jobs.put(None)
+
+    def _serve(self) -> None:
+        while (exchange := self._jobs.get()) is not None:
+            try:
+                outcome = Outcome(exchange())
+            except BaseException as error:  # noqa: BLE001 - it belongs to the caller, who will come for it
+                outcome = Outcome(b"", error)
+            self._outcomes.put(outcome)
+            del exchange, outcome  # not kept alive until the next round
