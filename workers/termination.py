@@ -63,6 +63,7 @@ class _Guard:
                 if other not in {-1, self._write}:
                     signal.set_wakeup_fd(other)
             os.write(self._write, b"\0")
+            self._thread.join(1.0)  # it closes the pipe
 
     def forget(self) -> None:
         """In a forked child: its signals are no business of its parent's thread."""
