@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from logsync.coordinator.errors import Step, printable
+from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.text import readable, readable_step
 
 __all__ = ["ConsoleSink"]
 
@@ -19,8 +19,6 @@ _ROWS_PER_HEADER = 40
 _NARROWEST = 8
 _GAP = 2
 _RANKS_NAMED = 8
-_WHOLE = 1e12  # integers up to here are written out
-_LARGE, _HUGE = 1e3, 1e9  # between them four digits would need an exponent, so all before the point are shown
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
@@ -57,8 +55,8 @@ class ConsoleSink:
         if self._console is None:
             msg = "write() on a ConsoleSink that is not open"
             raise ValueError(msg)
-        values = {printable(key): _number(value) for key, value in entry.metrics.items()}
-        cells = {"step": f"{self._name} {_step(entry.step):>6}", **values}
+        values = {printable(key): readable(value) for key, value in entry.metrics.items()}
+        cells = {"step": f"{self._name} {readable_step(entry.step):>6}", **values}
         widths = self._fitting(cells, self._console.width) if self._console.is_terminal else None
         if widths is None:
             _print(self._console, self._as_line(entry, values))
@@ -93,7 +91,7 @@ class ConsoleSink:
         return None
 
     def _as_line(self, entry: LogEntry, values: dict[str, str]) -> Text:
-        line = Text(f"logsync {self._name} step={_step(entry.step)} seq={entry.seq}")
+        line = Text(f"logsync {self._name} step={readable_step(entry.step)} seq={entry.seq}")
         for key, value in values.items():
             line.append(f" {key}=").append(value, _style(value))
         note = _note(entry)
@@ -114,22 +112,6 @@ def _row(cells: dict[str, str], widths: dict[str, int], style: str = "") -> Text
 
 def _style(value: str) -> str:
     return "red" if value in _NOT_FINITE else ""
-
-
-def _number(value: float) -> str:
-    """Return `value` with four significant digits, whole numbers whole."""
-    if not math.isfinite(value):
-        return str(value)
-    size = abs(value)
-    if size < _WHOLE and value == int(value):
-        return str(int(value))
-    return f"{value:.0f}" if _LARGE <= size < _HUGE else f"{value:.4g}"
-
-
-def _step(step: Step) -> str:
-    if step is None:
-        return "-"
-    return str(step) if isinstance(step, int) else f"{step:.6g}"
 
 
 def _note(entry: LogEntry) -> str:

@@ -1,0 +1,173 @@
+"""The command `logsync`: its arguments, its errors and its exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import msgspec
+from rich.console import Console
+
+from logsync.coordinator.errors import printable
+from logsync.workers.cli.runs import RunError, RunFile, find
+
+__all__ = ["command", "main"]
+
+_EXIT_CODES = """
+\b
+Exit codes:
+  0  all is well
+  1  something is wrong with the run, its file or the surroundings; the message says what
+  2  the command was wrong, or an extra is not installed
+"""
+_RUN = click.Path(path_type=Path)
+
+
+def main() -> NoReturn:
+    """Run the command and exit."""
+    if sys.stdout is None:  # closed before it started
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for the life of the process
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name in a script that the terminal cannot write is escaped
+            stream.reconfigure(errors="backslashreplace")
+    # A reader that has seen enough (`| head`) ends us as it ends cat: with no traceback and no message.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        status = command.main(prog_name="logsync", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exit_:
+        _leave(exit_.exit_code)
+    except click.ClickException as error:
+        error.show()
+        _leave(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _leave(130)
+    except RunError as error:
+        _say(str(error))
+        _leave(1)
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _leave(1)
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"logsync: {text}\n")
+
+
+def _leave(status: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except OSError:  # reported already, or nobody reads; the interpreter would complain once more at its end
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - as above
+    sys.exit(status)
+
+
+def _console() -> Console:
+    # Not rich's own guess: FORCE_COLOR or a notebook would put escapes into files.
+    return Console(file=sys.stdout, force_terminal=sys.stdout.isatty(), force_jupyter=False, highlight=False)
+
+
+def _version() -> str:
+    try:
+        return version("logsync")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+@click.group(
+    epilog=_EXIT_CODES + """
+\b
+Completion, for bash (zsh and fish alike):
+  eval "$(_LOGSYNC_COMPLETE=bash_source logsync)"
+""",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(_version(), prog_name="logsync")
+def command() -> None:
+    """Look at the runs of logsync.
+
+    RUN is a run's folder, or a metrics.jsonl.
+    """
+
+
+@command.command(
+    epilog="""
+\b
+Examples:
+  logsync show runs/20260101-120000-train
+  logsync show runs/20260101-120000-train --follow --metrics 'train/*'
+  logsync show metrics.jsonl -n 1 --json
+"""
+    + _EXIT_CODES
+)
+@click.argument("run", type=_RUN)
+@click.option("-n", "--last", type=click.IntRange(min=0), default=10, show_default=True, help="How many entries.")
+@click.option("-f", "--follow", "follows", is_flag=True, help="Go on with new entries, until Ctrl-C.")
+@click.option("-m", "--metrics", metavar="PATTERN", help="Only metrics whose names fit, such as 'train/*'.")
+@click.option("--json", "as_json", is_flag=True, help="For machines; with --follow one object per line.")
+def show(run: Path, last: int, follows: bool, metrics: str | None, as_json: bool) -> None:  # noqa: FBT001 - click's
+    """Show a run's metrics as sparklines, its last entries, and where it was restarted.
+
+    In a sparkline a red x is a value that is not finite, and a | is a restart. In a pipe, --follow prints
+    one line per entry; it goes on when the file is cut back by a resumed run, or replaced.
+    """
+    from logsync.workers.cli import show as showing  # noqa: PLC0415 - the other commands do without
+
+    wish = showing.Wish(last, metrics, as_json)
+    if follows:
+        path = run / "metrics.jsonl" if run.is_dir() else find(run)
+        try:
+            showing.follow(RunFile(path), wish, _console())
+        except KeyboardInterrupt:  # its usual end
+            return
+    else:
+        showing.show(RunFile(find(run)), wish, _console())
+
+
+@command.command(
+    epilog="""
+\b
+Examples:
+  logsync plot runs/20260101-120000-train
+  logsync plot metrics.jsonl -o loss.html --metrics 'train/loss*'
+"""
+    + _EXIT_CODES
+)
+@click.argument("run", type=_RUN)
+@click.option("-o", "--output", type=_RUN, help="Where to write the page; plot.html beside the run's file if not given.")
+@click.option("-m", "--metrics", metavar="PATTERN", help="Only metrics whose names fit, such as 'train/*'.")
+@click.option("--json", "as_json", is_flag=True, help="Tell for machines what was written.")
+def plot(run: Path, output: Path | None, metrics: str | None, as_json: bool) -> None:  # noqa: FBT001 - click's
+    """Draw a run as one HTML page that loads nothing.
+
+    The page has every metric over steps or time with the band over ranks, restarts marked, and every rank's wait for
+    the others as a heat map.
+    """
+    try:
+        from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        msg = f"drawing needs plotly ({error}): pip install 'logsync[plot]'"
+        raise click.UsageError(msg) from error
+    from logsync.workers.cli import page as drawing  # noqa: PLC0415 - the other commands do without
+
+    found = RunFile(find(run))
+    found.poll()
+    page = drawing.make_page(found, metrics, get_plotlyjs())
+    path = found.path.with_name("plot.html") if output is None else output
+    path.write_text(page.text, encoding="utf-8")
+    if as_json:
+        told = {"page": str(path), "bytes": path.stat().st_size, "entries": len(found.entries)}
+        click.echo(msgspec.json.encode(told | page._replace(text="")._asdict()))
+        return
+    size = path.stat().st_size / 1e6
+    click.echo(f"{printable(str(path))}: {page.metrics} metrics of {len(found.entries)} entries, {size:.1f} MB")
+    for note in page.notes:
+        click.echo(f"  {note}")
