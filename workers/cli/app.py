@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ Exit codes:
   1  something is wrong with the run, its file or the surroundings; the message says what
   2  the command was wrong, or an extra is not installed
 """
+_LINGER_S = 10.0  # torchrun ends all ranks when one has failed, and rank 0 has not reported yet
 _RUN = click.Path(path_type=Path)
 
 
@@ -171,3 +173,38 @@ def plot(run: Path, output: Path | None, metrics: str | None, as_json: bool) -> 
     click.echo(f"{printable(str(path))}: {page.metrics} metrics of {len(found.entries)} entries, {size:.1f} MB")
     for note in page.notes:
         click.echo(f"  {note}")
+
+
+@command.command(
+    epilog="""
+\b
+Examples:
+  logsync doctor
+  logsync doctor --sink console --sink tensorboard
+  torchrun --nproc-per-node 2 -m logsync.workers.cli doctor
+  srun -n 2 logsync doctor --timeout 10 --json
+"""
+    + _EXIT_CODES
+)
+@click.option("--sink", "sinks", multiple=True, metavar="NAME", help="A sink to try, as in connect(sinks=[...]); many.")
+@click.option(
+    "--timeout", type=click.FloatRange(1, 3600), default=30.0, show_default=True, help="Seconds for the ranks to meet."
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def doctor(sinks: tuple[str, ...], timeout: float, as_json: bool) -> int:  # noqa: FBT001 - click's
+    """Say what connect() would choose here, and try it.
+
+    That is the launcher, the rank, the transport and the sinks, with versions and extras. Started by torchrun, the
+    ranks meet with gloo and make some rounds; rank 0 reports the times and the address that was used.
+    """
+    from logsync.workers.cli import doctor as examining  # noqa: PLC0415 - the other commands do without
+
+    report = examining.examine(sinks, timeout, (lambda _: None) if as_json else examining.Teller(_console()))
+    if report.rank == 0 and as_json:
+        click.echo(examining.as_json(report))
+    if report.rank != 0 and not report.well:
+        for finding in report.findings:
+            if finding.state == "wrong":
+                _say(f"rank {report.rank}, {finding.topic}: {finding.text}")
+        time.sleep(_LINGER_S)
+    return 0 if report.well else 1
