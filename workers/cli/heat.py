@@ -60,6 +60,7 @@ def heat_of(entries: Sequence[Entry]) -> tuple[dict[str, Any] | None, str]:
     step = -(-len(rows) // _TICKS)
     return {
         "ranks": ranks,
+        "together": _size(told),
         "rows": rows,
         "ticks": list(range(0, len(rows), step)),
         "edges": edges,
@@ -70,13 +71,17 @@ def heat_of(entries: Sequence[Entry]) -> tuple[dict[str, Any] | None, str]:
 
 def _parts(told: Sequence[Entry]) -> list[list[Entry]]:
     """Return `told` in at most so many parts as there are columns, none with entries of two attempts."""
-    size = max(1, -(-len(told) // _COLUMNS))
+    size = _size(told)
     parts: list[list[Entry]] = []
     for entry in told:
         if not parts or len(parts[-1]) == size or parts[-1][-1].attempt != entry.attempt:
             parts.append([])
         parts[-1].append(entry)
     return parts
+
+
+def _size(told: Sequence[Entry]) -> int:
+    return max(1, -(-len(told) // _COLUMNS))
 
 
 def _waits(entry: Entry) -> Waited:

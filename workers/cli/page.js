@@ -3,7 +3,9 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
 const byId = (id) => document.getElementById(id);
-const OPTIONS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+const OPTIONS = {
+  responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+};
 // Okabe and Ito's colours, which colour-blind people can tell apart, as they do on light and on dark.
 const RANKS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#b3a500"];
 const HEAT = {
@@ -47,6 +49,7 @@ function layout(more) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, color: colour("text"), size: 12 },
     margin: { l: 56, r: 16, t: 10, b: 44 }, hovermode: "x unified",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("faint"), activecolor: colour("main") },
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") } },
     legend: { orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top", traceorder: "normal", font: { size: 11 } },
     xaxis: axis(), yaxis: axis(), shapes: [], annotations: [],
@@ -87,7 +90,7 @@ function trace(points, more) {
   const few = points.y.length <= 80;
   return {
     type: "scatter", mode: few && more.dots !== false ? "lines+markers" : "lines", marker: { size: 5 },
-    x: axis === "time" ? points.time : points.step, y: points.y, connectgaps: false, ...more,
+    x: data.places[points.at][axis], y: points.y, connectgaps: false, ...more,
   };
 }
 
@@ -95,14 +98,16 @@ function tracesOf(metric) {
   const found = [];
   const value = "%{y:.6~g}";
   if (metric.low) {
+    const hoverinfo = metric.ranks && metric.ranks.length ? "skip" : undefined;  // each rank tells its own
     const edge = { color: colour("edge"), width: 0.6 };
     found.push(trace(metric.low, {
-      name: "lowest rank", line: edge, showlegend: false, dots: false, hovertemplate: `${value}<extra>lowest rank</extra>`,
+      name: "lowest rank", line: edge, showlegend: false, dots: false, hoverinfo,
+      hovertemplate: hoverinfo ? "" : `${value}<extra>lowest rank</extra>`,
     }));
     const by = metric.high.rank ? "highest: rank %{customdata}" : "highest rank";
     found.push(trace(metric.high, {
       name: "range of ranks", line: edge, fill: "tonexty", fillcolor: colour("band"), dots: false,
-      customdata: metric.high.rank, hovertemplate: `${value}<extra>${by}</extra>`,
+      customdata: metric.high.rank, hoverinfo, hovertemplate: hoverinfo ? "" : `${value}<extra>${by}</extra>`,
     }));
   }
   if (metric.peaks) {
@@ -125,7 +130,7 @@ function tracesOf(metric) {
   if (metric.bad) {
     found.push({
       type: "scatter", mode: "markers", name: "not finite", yaxis: "y2", showlegend: true,
-      x: axis === "time" ? metric.bad.time : metric.bad.step, y: metric.bad.step.map(() => 0.03),
+      x: metric.bad[axis], y: metric.bad.step.map(() => 0.03),
       marker: { symbol: "x-thin", size: 9, line: { color: colour("bad"), width: 2 } },
       text: metric.bad.text, hovertemplate: "%{text}<extra></extra>",
     });

@@ -8,6 +8,7 @@ import html
 import math
 import re
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib import resources
@@ -74,8 +75,9 @@ def make_page(run: RunFile, pattern: str | None, library: str) -> Page:
     notes = [("warning", note) for note in run.notes()]
     if drawing.thinned:
         text = (
-            f"{len(entries):,} entries are more than a screen shows: a curve is drawn in {groups:,} parts, each by its "
-            "mean (the line) and by its lowest and highest value at their own steps (pale), so that no peak is lost"
+            f"There is more than a screen shows: a curve of more than {2 * groups:,} values is drawn in {groups:,} "
+            "parts, each by its mean (the line) and by its lowest and highest value at their own steps (pale), so that "
+            "no peak is lost"
         )
         notes.append(("", text))
     if drawing.crowded:
@@ -89,9 +91,10 @@ def make_page(run: RunFile, pattern: str | None, library: str) -> Page:
         "step_title": "step" if drawing.has_steps else "entry",
         "attempts": drawing.attempts(),
         "range": drawing.range(),
+        "places": drawing.places(),
         "metrics": metrics + ([waits] if waits is not None and heat is None else []),
         "heat": heat,
-        "waited": _waited(entries, why_none),
+        "waited": _waited(entries, heat, why_none),
     }
     text = _filled(
         {
@@ -130,20 +133,19 @@ def _facts(run: RunFile, shown: list[Family], heat: dict[str, Any] | None) -> li
     ranks = max([len(family.ranks) for family in shown] + [len(heat["rows"]) if heat else 0])
     if ranks:
         facts.append(("ranks", str(heat["ranks"] if heat else ranks)))
-    facts.append(("file", printable(str(run.path.absolute()))))
+    facts.append(("file", printable(str(run.path.resolve()))))
     facts.append(("drawn (UTC)", f"{datetime.fromtimestamp(time.time(), timezone.utc):%Y-%m-%d %H:%M:%S}"))
     return facts
 
 
-def _waited(entries: Sequence[Entry], why_none: str) -> str:
+def _waited(entries: Sequence[Entry], heat: dict[str, Any] | None, why_none: str) -> str:
     told = waiting_text(entries)
-    if why_none:
-        return why_none if told is None else f"{told[0].upper()}{told[1:]}. {why_none}"
-    reading = (
-        "Each cell is the longest wait of a rank in a log interval. A rank that waits little while the others wait is "
-        "the one that they wait for."
-    )
-    return f"{told[0].upper()}{told[1:]}. {reading}" if told else reading
+    sentences = [f"{told[0].upper()}{told[1:]}."] if told else []
+    if heat is None:
+        return " ".join([*sentences, why_none])
+    interval = "a log interval" if heat["together"] == 1 else f"{heat['together']} log intervals"
+    reading = f"A cell is a rank's longest wait in {interval}, and a rank that waits little while the others wait is "
+    return " ".join([*sentences, reading + "the one that they wait for."])
 
 
 class _Drawing:
@@ -153,6 +155,7 @@ class _Drawing:
         self._entries = entries
         self._series = series
         self.has_steps = any(entry.step is not None for entry in entries)
+        self._known_places: dict[bytes, int] = {}
         self.points = 0
         self.thinned = False
         self.crowded = False
@@ -161,7 +164,7 @@ class _Drawing:
         again = restarts(self._entries)
         if not again:
             return []
-        places = self._places([0, *again])
+        places = self._where([0, *again])
         return [
             {"attempt": self._entries[at].attempt, "step": step, "time": when}
             for at, step, when in zip([0, *again], places["step"], places["time"], strict=True)
@@ -169,7 +172,7 @@ class _Drawing:
 
     def range(self) -> dict[str, list[Any]]:
         """Return the first and last step and time, which all plots share."""
-        places = self._places(range(len(self._entries)))
+        places = self._where(range(len(self._entries)))
         known = {name: [x for x in xs if x is not None] for name, xs in places.items()}
         return {name: [min(xs), max(xs)] if xs else [] for name, xs in known.items()}
 
@@ -182,7 +185,7 @@ class _Drawing:
             "last": readable(merged.values[-1]),
             "merged": self._means(merged, groups),
         }
-        if len(merged.values) > groups:
+        if len(merged.values) > 2 * groups:
             found["peaks"] = self._points(merged, groups)
         if family.spread:
             low, high, ranks = (self._series[f"{name}/{part}"] for part in ("min", "max", "argmax_rank"))
@@ -222,7 +225,7 @@ class _Drawing:
     def _means(self, series: Series, groups: int) -> dict[str, object]:
         """Return every point, or of each group the mean of what is finite, at its middle."""
         count = len(series.values)
-        if count <= groups:
+        if count <= 2 * groups:
             return self._points(series, groups)
         self.thinned = True
         middles: list[int] = []
@@ -233,7 +236,7 @@ class _Drawing:
             middles.append(series.at[(begin + end) // 2])
             means.append(_short(math.fsum(finite) / len(finite)) if finite else None)
         self.points += groups
-        return {"y": means, **self._places(middles)}
+        return {"y": means, "at": self._place(middles)}
 
     def _points(
         self, series: Series, groups: int, *, low: bool = True, high: bool = True, ranks: Series | None = None
@@ -245,9 +248,18 @@ class _Drawing:
         if ranks is not None:
             by_entry = dict(zip(*ranks, strict=True))
             found["rank"] = [_short(by_entry.get(series.at[at], math.nan)) for at in chosen]
-        return found | self._places(series.at[at] for at in chosen)
+        found["at"] = self._place([series.at[at] for at in chosen])
+        return found
 
-    def _places(self, at: Iterable[int]) -> dict[str, list[Any]]:
+    def _place(self, at: Sequence[int]) -> int:
+        """Return which of `places` says where these entries lie: most metrics are in the same ones."""
+        return self._known_places.setdefault(array("q", at).tobytes(), len(self._known_places))
+
+    def places(self) -> list[dict[str, list[Any]]]:
+        """Return where the points of everything drawn so far lie."""
+        return [self._where(array("q", at)) for at in self._known_places]
+
+    def _where(self, at: Iterable[int]) -> dict[str, list[Any]]:
         """Return where entries lie, in steps and in milliseconds since 1970."""
         entries = [self._entries[each] for each in at]
         return {
@@ -261,7 +273,7 @@ class _Drawing:
         for at, value in shown:
             ranks = self._entries[at].nan_ranks.get(name)
             texts.append(f"{value}" + (f", because of rank {', '.join(map(str, ranks))}" if ranks else ""))
-        return self._places(at for at, _ in shown) | {"text": texts}
+        return self._where(at for at, _ in shown) | {"text": texts}
 
 
 def _envelope(own: Sequence[Series]) -> tuple[Series, Series]:

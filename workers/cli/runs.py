@@ -80,7 +80,7 @@ def find(given: Path) -> Path:
     """
     name = printable(str(given))
     if not given.exists():
-        msg = f"there is no {name}{_nearby(given.parent)}"
+        msg = f"there is no file or folder {name}{_nearby(given.parent)}"
         raise RunError(msg)
     if not given.is_dir():
         return given
@@ -201,11 +201,9 @@ class RunFile:
 
     def _not_ours(self) -> str:
         lines = self._lines + self.torn
-        some = f"{'the first ' * (lines >= _STRANGE_LINES)}{lines} line{'s' * (lines > 1)}"
-        return (
-            f"{printable(str(self.path))} is no log of logsync: none of its {some} is an entry, a JSON object with "
-            "a seq and a step"
-        )
+        first = "the first " * (lines >= _STRANGE_LINES)
+        none = "its only line is not" if lines == 1 else f"none of {first or 'its '}{lines} lines is"
+        return f"{printable(str(self.path))} is no log of logsync: {none} an entry, a JSON object with a seq and a step"
 
     def notes(self) -> list[str]:
         """Return what a reader must know of the file beside its entries."""

@@ -27,7 +27,7 @@ def waiting_text(entries: Iterable[Entry]) -> str | None:
         return None
     notable = [waits for waits in told if is_notable(waits)]
     if not notable:
-        return f"ranks kept pace: in none of {len(told)} log intervals did one wait 10 ms and a tenth of it for another"
+        return f"ranks kept pace: in {len(told)} log intervals none waited 10 ms, and a tenth of one, for another"
     ((rank, host), times) = Counter((waits.slowest, waits.host) for waits in notable).most_common(1)[0]
     named = f"rank {rank}" + (f" on {printable(host, 64)}" if host else "")
     longest = max(waits.most_s - waits.least_s for waits in notable)
