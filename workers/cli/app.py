@@ -9,7 +9,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 import msgspec
@@ -85,7 +85,8 @@ def _version() -> str:
 
 
 @click.group(
-    epilog=_EXIT_CODES + """
+    epilog=_EXIT_CODES
+    + """
 \b
 Completion, for bash (zsh and fish alike):
   eval "$(_LOGSYNC_COMPLETE=bash_source logsync)"
@@ -144,7 +145,7 @@ Examples:
     + _EXIT_CODES
 )
 @click.argument("run", type=_RUN)
-@click.option("-o", "--output", type=_RUN, help="Where to write the page; plot.html beside the run's file if not given.")
+@click.option("-o", "--output", type=_RUN, help="The page; plot.html beside the run's file if not given.")
 @click.option("-m", "--metrics", metavar="PATTERN", help="Only metrics whose names fit, such as 'train/*'.")
 @click.option("--json", "as_json", is_flag=True, help="Tell for machines what was written.")
 def plot(run: Path, output: Path | None, metrics: str | None, as_json: bool) -> None:  # noqa: FBT001 - click's

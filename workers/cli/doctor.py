@@ -94,6 +94,7 @@ class Teller:
         self._topic = ""
 
     def __call__(self, finding: Finding) -> None:
+        """Print one finding."""
         mark, plain_mark, style = _MARKS[finding.state]
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(width=2 if self._plain else 1)
@@ -201,7 +202,8 @@ def _look_at_sinks(report: Report, sinks: Sequence[str]) -> None:
         text = f"{printable(str(nearest))} cannot be written: {error.strerror}; give connect() a run_dir that can"
         report.add("files", "wrong", text)
     else:
-        report.add("files", "good", f"under {printable(str(folder))}/<start time>-train, unless connect() gets a run_dir")
+        text = f"under {printable(str(folder))}/<start time>-train, unless connect() gets a run_dir"
+        report.add("files", "good", text)
 
 
 def _look_at_versions(report: Report) -> None:

@@ -50,7 +50,7 @@ function layout(more) {
     font: { family: getComputedStyle(document.body).fontFamily, color: colour("text"), size: 12 },
     margin: { l: 56, r: 16, t: 10, b: 44 }, hovermode: "x unified",
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("faint"), activecolor: colour("main") },
-    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") } },
+    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") }, namelength: -1 },
     legend: { orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top", traceorder: "normal", font: { size: 11 } },
     xaxis: axis(), yaxis: axis(), shapes: [], annotations: [],
   };

@@ -125,7 +125,8 @@ def _filled(parts: dict[str, str]) -> str:
 
 def _facts(run: RunFile, shown: list[Family], heat: dict[str, Any] | None) -> list[tuple[str, str]]:
     first, last = run.entries[0], run.entries[-1]
-    facts = [("entries", f"{len(run.entries):,}"), ("steps", f"{readable_step(first.step)} to {readable_step(last.step)}")]
+    steps = f"{readable_step(first.step)} to {readable_step(last.step)}"
+    facts = [("entries", f"{len(run.entries):,}"), ("steps", steps)]
     if math.isfinite(first.time) and math.isfinite(last.time):
         begun = datetime.fromtimestamp(first.time, timezone.utc)
         facts += [("began (UTC)", f"{begun:%Y-%m-%d %H:%M:%S}"), ("took", duration(max(0.0, last.time - first.time)))]
@@ -211,7 +212,8 @@ class _Drawing:
         told = [(at, entry.waits) for at, entry in enumerate(self._entries) if entry.waits is not None]
         if not told:
             return None
-        longest, shortest = (_series((at, getattr(waits, name)) for at, waits in told) for name in ("most_s", "least_s"))
+        longest = _series((at, waits.most_s) for at, waits in told)
+        shortest = _series((at, waits.least_s) for at, waits in told)
         return {
             "name": "waits of the ranks",
             "unit": "seconds",
@@ -267,7 +269,7 @@ class _Drawing:
             "time": [round(1000 * entry.time) if math.isfinite(entry.time) else None for entry in entries],
         }
 
-    def _bad(self, name: str, bad: list[tuple[int, float]]) -> dict[str, object]:
+    def _bad(self, name: str, bad: list[tuple[int, float]]) -> dict[str, list[Any]]:
         shown = bad[:: max(1, len(bad) // _BAD_SHOWN)]
         texts = []
         for at, value in shown:

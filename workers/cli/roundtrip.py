@@ -97,9 +97,7 @@ def _trial(found: Launched, timeout_s: float, now: Callable[[str], None]) -> Rou
     before = _connections()
     started = time.monotonic()
     now(f"joining the job's process group at {store} (MASTER_ADDR, MASTER_PORT)")
-    dist.init_process_group(
-        "gloo", timeout=timedelta(seconds=half_s), rank=found.rank, world_size=found.world_size
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=half_s), rank=found.rank, world_size=found.world_size)
     try:
         now("building the log's own gloo group")
         with connect(None, name="doctor", sinks=[], timeout=half_s, warn_after=half_s) as log:

@@ -21,6 +21,7 @@ _LONGEST_LINE = 64 * 2**20  # bytes; an entry holds at most 2**20 metrics, and u
 _STRANGE_LINES = 1000  # so many without an entry before them, and the file is somebody else's
 _PROOF = 4096  # bytes before the place that was read up to; if they changed, the file was cut back and has grown again
 _NAMED_RUNS = 3
+_LATEST_S = 250e9  # in the year 9892; calendars end with 9999
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -209,9 +210,9 @@ class RunFile:
         """Return what a reader must know of the file beside its entries."""
         found = []
         if self.broken:
-            lines = "1 line is" if self.broken == 1 else f"{self.broken} lines are"
-            where = "line" if self.broken == 1 else "the first is line"
-            found.append(f"{lines} no entr{'y' if self.broken == 1 else 'ies'} and left out ({where} {self.first_broken})")
+            one = f"line {self.first_broken} is no entry and left out"
+            many = f"{self.broken} lines are no entries and left out, the first of them line {self.first_broken}"
+            found.append(one if self.broken == 1 else many)
         if self.torn:
             found.append("the last line is torn and left out: the run was killed, or is just writing it")
         return found
@@ -244,11 +245,11 @@ def _entry(line: bytes) -> Entry | None:
             metrics[name] = float(value)
         elif value is None:
             metrics[name] = _NOT_FINITE.get(str(nonfinite.get(name)), math.nan)
-    time, attempt, calls = found.get("time"), found.get("attempt"), found.get("calls")
+    attempt, calls = found.get("attempt"), found.get("calls")
     return Entry(
         seq=seq,
         step=step,
-        time=float(time) if type(time) in (int, float) and abs(time) < 1e12 else math.nan,  # noqa: PLR2004 - a year 30,000
+        time=_seconds(found.get("time")),
         attempt=attempt if type(attempt) is int and attempt >= 0 else 0,
         metrics=metrics,
         partial=found.get("partial") is True,
@@ -261,6 +262,11 @@ def _entry(line: bytes) -> Entry | None:
         },
         waits=_waited(found.get("waits")),
     )
+
+
+def _seconds(value: object) -> float:
+    """Return a time that a calendar has, or NaN."""
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < _LATEST_S else math.nan
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Family(NamedTuple):
 
 
 def series_of(entries: Iterable[Entry], pattern: str | None = None) -> dict[str, Series]:
-    """Return a series for every metric whose name fits the shell-like `pattern`, in the order of their first entries."""
+    """Return a series for every metric whose name fits the shell-like `pattern`, in the order in which they came."""
     found: dict[str, Series] = {}
     refused: set[str] = set()
     for at, entry in enumerate(entries):

@@ -131,7 +131,7 @@ class _View:
     def _group(self, most: int, last: int) -> Group:
         if not self._entries:
             return Group(*self._head(), Text("no entry yet", "dim"))
-        parts = [*self._head(), Text(), self._metrics(most)]
+        parts: list[Table | Text] = [*self._head(), Text(), self._metrics(most)]
         if len(self._families) > most:
             parts.append(Text(f"and {len(self._families) - most} more metrics; --metrics PATTERN chooses", "dim"))
         return Group(*parts, Text(), *self._table(last), *self._notes(last))
@@ -198,7 +198,8 @@ class _View:
     def _across(self, family: Family) -> str:
         """Return the newest spread over ranks, nothing where it is not known."""
         if family.spread:
-            low, high, rank = (self._series[f"{family.name}/{part}"].values[-1] for part in ("min", "max", "argmax_rank"))
+            parts = ("min", "max", "argmax_rank")
+            low, high, rank = (self._series[f"{family.name}/{part}"].values[-1] for part in parts)
             return f"{readable(low)} to {readable(high)} (rank {readable(rank)})"
         own = {rank: self._series[name].values[-1] for rank, name in family.ranks.items()}
         finite = {rank: value for rank, value in own.items() if math.isfinite(value)}
@@ -225,7 +226,7 @@ class _View:
             if mean is None:
                 line.append(" ")
             elif not math.isfinite(mean):
-                line.append("x" if self._plain else "×", "bold red")
+                line.append("x" if self._plain else "✗", "bold red")
             elif not highest - lowest > 0 or math.isinf(highest - lowest):
                 line.append(bars[len(bars) // 2 - 1])
             else:
