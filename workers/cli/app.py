@@ -28,7 +28,7 @@ Exit codes:
   2  the command was wrong, or an extra is not installed
 """
 _LINGER_S = 10.0  # torchrun ends all ranks when one has failed, and rank 0 has not reported yet
-_RUN = click.Path(path_type=Path)
+_RUN = click.Path(path_type=Path, readable=False)  # what is wrong with it is said with exit code 1
 
 
 def main() -> NoReturn:
