@@ -157,8 +157,8 @@ def plot(run: Path, output: Path | None, metrics: str | None, as_json: bool) -> 
     try:
         from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
     except ImportError as error:
-        msg = f"drawing needs plotly ({error}): pip install 'logsync[plot]'"
-        raise click.UsageError(msg) from error
+        _say(f"plot needs plotly, which cannot be imported ({error}): pip install 'logsync[plot]'")
+        raise click.exceptions.Exit(2) from error
     from logsync.workers.cli import page as drawing  # noqa: PLC0415 - the other commands do without
 
     found = RunFile(find(run))
