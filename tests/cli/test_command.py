@@ -15,17 +15,13 @@ from logsync.workers.cli.app import command
 from logsync.workers.cli.extras import MODULES
 from support.command import logsync, surroundings
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 COMMANDS = ["show", "plot", "doctor"]
 
 
 def project() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads(PYPROJECT.read_text())["project"]
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest needs the latter
+    found: dict[str, Any] = toml.loads(PYPROJECT.read_text())["project"]
     return found
 
 
@@ -71,7 +67,7 @@ def test_the_shell_is_told_how_to_complete() -> None:
 def test_the_installed_script_is_this_command() -> None:
     module, _, name = project()["scripts"]["logsync"].partition(":")
 
-    assert getattr(importlib.import_module(module), name).__module__ == command.callback.__module__  # type: ignore[union-attr]
+    assert getattr(importlib.import_module(module), name).__module__ == command.callback.__module__
 
 
 def test_the_doctor_knows_every_extra_of_the_project() -> None:
@@ -103,7 +99,10 @@ def test_a_missing_plotting_library_is_one_line_that_says_what_to_install(tmp_pa
 
 
 def test_looking_at_a_run_loads_neither_torch_nor_plotly(tmp_path: Path) -> None:
-    script = "import sys, logsync.workers.cli.show, logsync.workers.cli.page\nprint({'torch', 'plotly', 'ray'} & set(sys.modules))"
+    script = (
+        "import sys, logsync.workers.cli.show, logsync.workers.cli.page\n"
+        "print({'torch', 'plotly', 'ray'} & set(sys.modules))"
+    )
 
     ran = subprocess.run(
         [sys.executable, "-c", script],

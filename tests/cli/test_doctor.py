@@ -57,7 +57,7 @@ def test_a_person_gets_the_same_as_lines(tmp_path: Path) -> None:
 
 
 def test_half_a_launchers_environment_is_wrong_in_connects_own_words(tmp_path: Path) -> None:
-    status, report = examined(tmp_path, RANK="3")
+    status, report = examined(tmp_path, "--no-extras", RANK="3")
 
     assert status == 1
     ((state, text),) = findings(report, "launcher")
@@ -67,7 +67,7 @@ def test_half_a_launchers_environment_is_wrong_in_connects_own_words(tmp_path: P
 
 
 def test_ranks_that_nobody_told_where_to_meet_are_not_tried(tmp_path: Path) -> None:
-    status, report = examined(tmp_path, SLURM_PROCID="0", SLURM_NTASKS="4")
+    status, report = examined(tmp_path, "--no-extras", SLURM_PROCID="0", SLURM_NTASKS="4")
 
     assert status == 0
     assert (report["launcher"], report["rank"], report["world_size"]) == ("Slurm", 0, 4)
@@ -76,17 +76,18 @@ def test_ranks_that_nobody_told_where_to_meet_are_not_tried(tmp_path: Path) -> N
 
 
 def test_a_sink_that_cannot_be_made_is_wrong_in_its_own_words(tmp_path: Path) -> None:
-    status, report = examined(tmp_path, "--sink", "console", "--sink", "carrier-pigeon")
+    status, report = examined(tmp_path, "--no-extras", "--sink", "console", "--sink", "carrier-pigeon")
 
     assert status == 1
     assert report["sinks"] == ["console"]
+    assert findings(report, "extras") == []
     wrong = [text for state, text in findings(report, "sinks") if state == "wrong"]
     assert len(wrong) == 1
     assert "there is no sink named 'carrier-pigeon'; the names are: console" in wrong[0]
 
 
 def test_a_folder_that_cannot_be_written_is_wrong() -> None:
-    status, report = examined(Path("/proc"))
+    status, report = examined(Path("/proc"), "--no-extras")
 
     assert status == 1
     ((state, text),) = findings(report, "files")
@@ -129,7 +130,8 @@ def test_an_import_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytes
 def test_under_torchrun_ranks_make_rounds_and_rank_0_alone_reports(tmp_path: Path) -> None:
     script = tmp_path / "doctor.py"
     script.write_text(
-        "import sys\nfrom logsync.workers.cli.app import main\nsys.argv = ['logsync', 'doctor', '--json']\nmain()\n"
+        "import sys\nfrom logsync.workers.cli.app import main\n"
+        "sys.argv = ['logsync', 'doctor', '--no-extras', '--json']\nmain()\n"
     )
 
     ran = torchrun(script, nproc=2, folder=tmp_path, timeout_s=120)
@@ -162,7 +164,7 @@ def lonely(rank: int, **environ: str) -> dict[str, str]:
 
 def test_a_rank_whose_peer_does_not_come_says_so_within_its_deadline(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [*COMMAND, "doctor", "--timeout", "2", "--json"],
+        [*COMMAND, "doctor", "--no-extras", "--timeout", "2", "--json"],
         env=lonely(0),
         cwd=tmp_path,
         capture_output=True,
@@ -179,7 +181,7 @@ def test_a_rank_whose_peer_does_not_come_says_so_within_its_deadline(tmp_path: P
 
 def test_another_rank_than_0_says_what_is_wrong_on_standard_error_alone(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [*COMMAND, "doctor", "--timeout", "2"],
+        [*COMMAND, "doctor", "--no-extras", "--timeout", "2"],
         env=lonely(1),
         cwd=tmp_path,
         capture_output=True,
@@ -197,7 +199,7 @@ def test_an_interface_that_does_not_exist_is_named_in_the_error(tmp_path: Path) 
     script = tmp_path / "doctor.py"
     script.write_text(
         "import sys\nfrom logsync.workers.cli.app import main\n"
-        "sys.argv = ['logsync', 'doctor', '--timeout', '6']\nmain()\n"
+        "sys.argv = ['logsync', 'doctor', '--no-extras', '--timeout', '6']\nmain()\n"
     )
 
     ran = torchrun(script, nproc=2, folder=tmp_path, timeout_s=120, environ={"GLOO_SOCKET_IFNAME": "nope0"})

@@ -115,7 +115,9 @@ def test_a_file_that_is_cut_back_by_a_resume_is_followed_from_there(tmp_path: Pa
     with following(tmp_path, "-n", 1) as shown:
         assert "seq=5" in shown.next()
         # Cut back and longer than before at once, as between two looks at the file.
-        again = [line.replace(b'"loss":', b'"again":1,"loss":').replace(b'"time":17', b'"time":18') for line in lines[4:9]]
+        again = [
+            line.replace(b'"loss":', b'"again":1,"loss":').replace(b'"time":17', b'"time":18') for line in lines[4:9]
+        ]
         path.write_bytes(b"".join([*lines[:4], *again]))
         assert shown.next() == (
             "# the file was cut back to seq 3, as a run that is resumed or started again does; what follows is new"

@@ -78,9 +78,7 @@ def test_every_picture_is_there_and_nothing_is_complained_of_or_asked_for(
 def test_title_units_legend_attempts_and_ranks_can_be_read(browser: Browser, page: Path) -> None:
     with opened(browser, page) as shown:
         shown.page.locator("#heatmap .ytick text").first.wait_for()
-        cards = {
-            str(card.locator("h3 b").inner_text()): card for card in shown.page.locator("#cards .card").all()
-        }
+        cards = {str(card.locator("h3 b").inner_text()): card for card in shown.page.locator("#cards .card").all()}
         assert list(cards) == ["loss", "gpu/memory_gb", "grad_norm", "val/accuracy"]
         for card in cards.values():
             card.scroll_into_view_if_needed()
@@ -133,9 +131,7 @@ def test_time_a_logarithm_and_a_filter_redraw_without_a_complaint(browser: Brows
         assert shown.complaints == []
 
 
-def test_a_run_of_100_000_entries_opens(
-    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_100_000_entries_opens(browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = plotted(tmp_path, 100_000)
     started = time.monotonic()
     with opened(browser, path) as shown:

@@ -135,7 +135,9 @@ def test_every_ranks_wait_is_on_the_page(tmp_path: Path) -> None:
     assert found["heat"]["waits"][0] == [301, 401, 501, 601, 701, 801]
     assert found["heat"]["waits"][2] == [1] * 6
     assert found["heat"]["slowest"] == ["<br>slowest: rank 2 on node-1"] * 6
-    assert found["waited"].startswith("In 6 of 6 log intervals ranks waited for a slower one, up to 0.8 s; it was rank 2")
+    assert found["waited"].startswith(
+        "In 6 of 6 log intervals ranks waited for a slower one, up to 0.8 s; it was rank 2"
+    )
 
 
 def test_waits_without_each_ranks_are_a_curve_and_no_waits_are_explained(tmp_path: Path) -> None:
@@ -155,7 +157,12 @@ def test_waits_without_each_ranks_are_a_curve_and_no_waits_are_explained(tmp_pat
 @pytest.mark.parametrize(
     ("name", "unit"),
     [
-        *[("time_s/data", "seconds"), ("wait_s", "seconds"), ("step_ms", "milliseconds"), ("tokens_per_s", "per second")],
+        *[
+            ("time_s/data", "seconds"),
+            ("wait_s", "seconds"),
+            ("step_ms", "milliseconds"),
+            ("tokens_per_s", "per second"),
+        ],
         *[("gpu/memory_gb", "GB"), ("mem_MiB", "MiB"), ("sent_bytes", "bytes"), ("mfu_pct", "%")],
         *[("loss", ""), ("its", ""), ("train/items", ""), ("classes", "")],
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import os
 import subprocess
 import sys
@@ -57,9 +56,7 @@ def entry(seq: int, metrics: Mapping[str, float] | None = None, **fields: Any) -
     return LogEntry(seq=seq, metrics=dict({"loss": 1.0 / (seq + 1)} if metrics is None else metrics), **known | fields)
 
 
-def write_run(
-    folder: Path, entries: Iterable[LogEntry], waits: Callable[[LogEntry], object] | None = None
-) -> Path:
+def write_run(folder: Path, entries: Iterable[LogEntry], waits: Callable[[LogEntry], object] | None = None) -> Path:
     """Write `folder`/metrics.jsonl with the sink that a run has, and return it.
 
     Args:
@@ -97,6 +94,3 @@ def ranks_waits(slow: int, wait_ms: int, ranks: int = 4) -> dict[str, object]:
         "host": "node-1",
         "each_ms": each,
     }
-
-
-

@@ -191,8 +191,9 @@ Examples:
 @click.option(
     "--timeout", type=click.FloatRange(1, 3600), default=30.0, show_default=True, help="Seconds for the ranks to meet."
 )
+@click.option("--extras/--no-extras", default=True, show_default=True, help="Import every extra, which takes seconds.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def doctor(sinks: tuple[str, ...], timeout: float, as_json: bool) -> int:  # noqa: FBT001 - click's
+def doctor(sinks: tuple[str, ...], timeout: float, extras: bool, as_json: bool) -> int:  # noqa: FBT001 - click's
     """Say what connect() would choose here, and try it.
 
     That is the launcher, the rank, the transport and the sinks, with versions and extras. Started by torchrun, the
@@ -200,7 +201,8 @@ def doctor(sinks: tuple[str, ...], timeout: float, as_json: bool) -> int:  # noq
     """
     from logsync.workers.cli import doctor as examining  # noqa: PLC0415 - the other commands do without
 
-    report = examining.examine(sinks, timeout, (lambda _: None) if as_json else examining.Teller(_console()))
+    hear = (lambda _: None) if as_json else examining.Teller(_console())
+    report = examining.examine(sinks, timeout, hear, extras=extras)
     if report.rank == 0 and as_json:
         click.echo(examining.as_json(report))
     if report.rank != 0 and not report.well:

@@ -67,13 +67,14 @@ class Report(msgspec.Struct):
             self.hear(finding)
 
 
-def examine(sinks: Sequence[str], timeout_s: float, hear: Callable[[Finding], None]) -> Report:
+def examine(sinks: Sequence[str], timeout_s: float, hear: Callable[[Finding], None], *, extras: bool) -> Report:
     """Look at the surroundings. Collective where a launcher has started several ranks: every rank calls it.
 
     Args:
         sinks: what `connect` would be given; its own default if there is none.
         timeout_s: how long the trial of the ranks may take.
         hear: is given each finding of rank 0 as soon as it is there.
+        extras: whether to import what is optional.
     """
     report = Report(hear)
     found = _look_at_launcher(report)
@@ -82,6 +83,8 @@ def examine(sinks: Sequence[str], timeout_s: float, hear: Callable[[Finding], No
     if report.rank == 0:
         _look_at_sinks(report, sinks)
         _look_at_versions(report)
+        if extras:
+            _look_at_extras(report)
     return report
 
 
@@ -210,6 +213,9 @@ def _look_at_versions(report: Report) -> None:
     report.add("versions", "good", f"logsync {_version('logsync')}, Python {platform.python_version()}")
     report.add("versions", "good", ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES))
     report.add("versions", "good", f"{platform.platform()}, host {printable(socket.gethostname())}")
+
+
+def _look_at_extras(report: Report) -> None:
     for extra in try_extras(provided()):
         if extra.missing:
             report.add("extras", "note", f"{extra.name}: not installed; pip install 'logsync[{extra.name}]'")
