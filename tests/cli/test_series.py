@@ -73,8 +73,8 @@ def test_a_spread_and_the_ranks_own_values_belong_to_their_metric() -> None:
     names = ["loss", *(f"loss/{part}" for part in SPREAD), "loss/rank0", "loss/rank10", "loss/rank2", "lr"]
 
     assert families(names) == [
-        Family("loss", True, {0: "loss/rank0", 2: "loss/rank2", 10: "loss/rank10"}),
-        Family("lr", False, {}),
+        Family("loss", spread=True, ranks={0: "loss/rank0", 2: "loss/rank2", 10: "loss/rank10"}),
+        Family("lr", spread=False, ranks={}),
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_spread_and_the_ranks_own_values_belong_to_their_metric() -> None:
     ],
 )
 def test_metrics_that_only_look_alike_stand_alone(names: list[str]) -> None:
-    assert families(names) == [Family(name, False, {}) for name in names]
+    assert families(names) == [Family(name, spread=False, ranks={}) for name in names]
 
 
 def test_a_series_says_which_entries_hold_it() -> None:
