@@ -13,6 +13,9 @@ from logsync.workers.cli import extras, roundtrip
 from support.command import COMMAND, logsync, surroundings
 from support.torchrun import torchrun
 
+# For torchrun, in the place of a script.
+MODULE, DOCTOR = Path("-m"), ("logsync.workers.cli", "doctor", "--no-extras")
+
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -128,13 +131,7 @@ def test_an_import_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytes
 
 
 def test_under_torchrun_ranks_make_rounds_and_rank_0_alone_reports(tmp_path: Path) -> None:
-    script = tmp_path / "doctor.py"
-    script.write_text(
-        "import sys\nfrom logsync.workers.cli.app import main\n"
-        "sys.argv = ['logsync', 'doctor', '--no-extras', '--json']\nmain()\n"
-    )
-
-    ran = torchrun(script, nproc=2, folder=tmp_path, timeout_s=120)
+    ran = torchrun(MODULE, *DOCTOR, "--json", nproc=2, folder=tmp_path, timeout_s=120)
 
     ran.assert_clean()
     (line,) = [line for line in ran.output.splitlines() if line.startswith("{")]
@@ -196,13 +193,8 @@ def test_another_rank_than_0_says_what_is_wrong_on_standard_error_alone(tmp_path
 
 
 def test_an_interface_that_does_not_exist_is_named_in_the_error(tmp_path: Path) -> None:
-    script = tmp_path / "doctor.py"
-    script.write_text(
-        "import sys\nfrom logsync.workers.cli.app import main\n"
-        "sys.argv = ['logsync', 'doctor', '--no-extras', '--timeout', '6']\nmain()\n"
-    )
-
-    ran = torchrun(script, nproc=2, folder=tmp_path, timeout_s=120, environ={"GLOO_SOCKET_IFNAME": "nope0"})
+    wrong = {"GLOO_SOCKET_IFNAME": "nope0"}
+    ran = torchrun(MODULE, *DOCTOR, "--timeout", 6, nproc=2, folder=tmp_path, timeout_s=120, environ=wrong)
 
     assert ran.returncode != 0
     text = " ".join(ran.output.split())

@@ -133,7 +133,8 @@ class _View:
             return Group(*self._head(), Text("no entry yet", "dim"))
         parts: list[Table | Text] = [*self._head(), Text(), self._metrics(most)]
         if len(self._families) > most:
-            parts.append(Text(f"and {len(self._families) - most} more metrics; --metrics PATTERN chooses", "dim"))
+            more = len(self._families) - most
+            parts.append(Text(f"and {more} more metric{'s' * (more > 1)}; --metrics PATTERN chooses", "dim"))
         return Group(*parts, Text(), *self._table(last), *self._notes(last))
 
     def _head(self) -> list[Text]:
@@ -272,7 +273,8 @@ class _View:
             if at in again:
                 table.add_section()
             table.add_row(*row)
-        more = f"and {left_out} more metrics in these entries; a wider terminal, --metrics PATTERN or --json shows them"
+        metrics = "1 more metric" if left_out == 1 else f"{left_out} more metrics"
+        more = f"and {metrics} in these entries; a wider terminal, --metrics PATTERN or --json shows them"
         return [table, Text(more, "dim")] if left_out else [table]
 
     def _notes(self, last: int) -> list[Text]:
