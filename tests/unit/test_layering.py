@@ -111,12 +111,14 @@ def test_every_deciding_module_has_its_rule() -> None:
 
 # The collective transport, and what it alone loads.
 COLLECTIVE = {f"{RANKS}.transports.collective"}
+# The command line's trial of the ranks has no script that would make their process group.
+TRIAL = {f"{RANKS}.cli.roundtrip"}
 
 
-def test_only_the_collective_transport_knows_torch_distributed() -> None:
+def test_only_the_collective_transport_and_the_doctors_trial_know_torch_distributed() -> None:
     assert {
         m for m, tree in EVERYTHING.items() if any(n.startswith("torch.distributed") for n in imports(tree))
-    } == COLLECTIVE
+    } == COLLECTIVE | TRIAL
 
     for module, tree in EVERYTHING.items():
         if module not in COLLECTIVE:
@@ -128,7 +130,11 @@ def test_no_other_module_imports_torch_or_ray_by_itself() -> None:
 
     assert {m for m, names in at_import.items() if "torch" in names} == COLLECTIVE
     assert not {m for m, names in at_import.items() if names & {"ray", "numpy"}}
-    assert {m for m, tree in EVERYTHING.items() if "torch" in top(imports(tree))} == {*COLLECTIVE, f"{RANKS}.values"}
+    assert {m for m, tree in EVERYTHING.items() if "torch" in top(imports(tree))} == {
+        *COLLECTIVE,
+        *TRIAL,
+        f"{RANKS}.values",
+    }
 
 
 def test_no_pickle_and_no_eval_anywhere() -> None:
