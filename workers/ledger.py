@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -29,8 +30,9 @@ from logsync.coordinator.messages import (
     error_of,
     failure_of,
 )
+from logsync.workers.values import begin_reading_scalars, read_scalars
 
-__all__ = ["Ledger", "counted_step"]
+__all__ = ["Ledger", "Unsure", "counted_step", "with_updates"]
 
 
 _MOST_EVENTS = 1000
@@ -71,6 +73,7 @@ class Ledger:
         "_finished",
         "_frequency_type",
         "_gap",
+        "_hooked",
         "_last_entry",
         "_lease",
         "_left",
@@ -83,8 +86,10 @@ class Ledger:
         "_sent_events",
         "_since",
         "_skipped",
+        "_stamped",
         "_state",
         "_steps",
+        "_unsure",
         "_world_size",
     )
 
@@ -115,6 +120,9 @@ class Ledger:
 
         self._events: list[Event] = []
         self._sent_events = 0
+        self._hooked: list[tuple[int, Any]] = []  # updates that wait for their call's step; see note_update
+        self._stamped: dict[int, Step] = {}  # the steps of those calls, once they are known
+        self._unsure = Unsure([])
         self._fault: Failure | None = None
         self._restore = b""
         self._finished = False
@@ -186,6 +194,7 @@ class Ledger:
         events, sent = self._events, self._sent_events
         if value is None:
             events[sent:] = [e for e in events[sent:] if e.kind != "update"]
+            self._hooked.clear()
         else:
             while len(events) > sent and (newest := events[-1]).kind == "update" and newest.value is not None:
                 if newest.value > value:
@@ -196,6 +205,20 @@ class Ledger:
         events.append(Event(call, "update", value))
         if len(events) - sent > _MOST_EVENTS:
             events[sent:] = _thinned(events[sent:])
+
+    def note_update(self, skipped: Any = None) -> None:
+        """Note that the model changed before the next call, and at that call's step.
+
+        Args:
+            skipped: a tensor on a device that is not 0 if it did not change after all; None if it is certain.
+        """
+        call, hooked = self.calls + 1, self._hooked
+        if hooked and hooked[-1] == (call, None):
+            return
+        if skipped is None:
+            while hooked and hooked[-1][0] == call:
+                hooked.pop()  # one is enough
+        hooked.append((call, skipped))
 
     def log_written(self, step: LogStepType = None) -> None:
         """Note that a log was written at `step`; None forgets all logs. The step just decided needs no note.
@@ -235,9 +258,14 @@ class Ledger:
         host: str = "",
     ) -> bytes:
         """End the lease, count the call if it is one, and return this rank's frame for the next round."""
-        return encode(
-            self._report(kind, step, check_model_update=check_model_update, window=window, waited_s=waited_s, host=host)
+        report = self._report(
+            kind, step, check_model_update=check_model_update, window=window, waited_s=waited_s, host=host
         )
+        if self._unsure:
+            unsure, self._unsure = self._unsure, Unsure([])
+            self._add_updates(unsure.applied())
+            report = msgspec.structs.replace(report, events=tuple(self._events))
+        return encode(report)
 
     def _report(
         self,
@@ -249,11 +277,13 @@ class Ledger:
         waited_s: float | None = None,
         host: str = "",
     ) -> Report:
-        """Do so, and return the frame as a message."""
+        """Do so, and return the frame as a message, without the updates that only a device knows of: see `_unsure`."""
         self._settle()
         if kind == "decision":
             self._track((step,))
         counted = self._checked(step, self._calls) if kind == "write" else self._current
+        if self._stamped:
+            self._take_hooked()
         self._sent_events = len(self._events)
         return Report(
             protocol=PROTOCOL,
@@ -273,6 +303,18 @@ class Ledger:
             waited_s=waited_s,
             host=host,
         )
+
+    def _take_hooked(self) -> None:
+        """Turn the updates whose step is known into events, or keep them in `_unsure`."""
+        stamped, self._stamped = self._stamped, {}
+        known = [(call, stamped[call], skipped) for call, skipped in self._hooked if call in stamped]
+        self._hooked = [hooked for hooked in self._hooked if hooked[0] not in stamped]
+        self._add_updates([(call, step) for call, step, skipped in known if skipped is None])
+        self._unsure = Unsure([update for update in known if update[2] is not None])
+
+    def _add_updates(self, updates: Sequence[tuple[int, Step]]) -> None:
+        self._events = with_updates(self._events, updates)
+        self._sent_events = len(self._events)
 
     def _settle(self) -> None:
         """End the lease and take in the calls that were made under it."""
@@ -337,6 +379,7 @@ class Ledger:
         """Count one call for each of `steps` and note how the step moved."""
         call, previous, since = self._calls, self._previous, self._since
         step: Step = None
+        wanted = {hooked for hooked, _ in self._hooked}
         for raw in steps:
             call += 1
             step = raw if type(raw) is int and 0 <= raw <= INT64_MAX else self._checked(raw, call)
@@ -352,6 +395,8 @@ class Ledger:
                         self._rise = step - previous
                 since = 0
                 previous = step
+            if call in wanted:
+                self._stamped[call] = previous if step is None else step
         self._calls, self._previous, self._since, self._current = call, previous, since, step
 
     def _fell(self, call: int, step: int | float) -> None:
@@ -416,10 +461,43 @@ class Ledger:
         self._falls = []
         self._since = 0
         self._events.clear()
+        self._hooked.clear()
+        self._stamped.clear()
         self._fault = None
         self._last_entry = state.entry
         self._state = msgspec.structs.replace(state, entry=None)
         self._restore = encode(self._state)  # without the entry, which rank 0 has from the same checkpoint
+
+
+class Unsure:
+    """Updates that were maybe skipped: call, step and a tensor on a device that is not 0 if it was.
+
+    The tensors are copied to the host at once, in the current stream; `applied` waits for that, on any thread.
+    """
+
+    def __init__(self, updates: Sequence[tuple[int, Step, Any]]) -> None:
+        self._places = [(call, step) for call, step, _ in updates]
+        self._readings = begin_reading_scalars([skipped for _, _, skipped in updates]) if updates else []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def applied(self) -> list[tuple[int, Step]]:
+        """Return call and step of those that were not skipped."""
+        skipped = read_scalars(self._readings)
+        return [place for place, found in zip(self._places, skipped, strict=True) if not found]
+
+
+def with_updates(events: Sequence[Event], updates: Sequence[tuple[int, Step]]) -> list[Event]:
+    """Return `events` and, after others of their calls, those updates that can matter; both in order of calls."""
+    new: list[Event] = []
+    for call, step in updates:
+        value = 0 if step is None else step
+        while new and (new[-1].value or 0) <= value:
+            new.pop()  # earlier and not larger
+        new.append(Event(call, "update", value))
+    merged = sorted([*events, *new], key=lambda event: event.call) if new else list(events)
+    return _thinned(merged) if len(merged) > _MOST_EVENTS else merged
 
 
 def _thinned(events: list[Event]) -> list[Event]:

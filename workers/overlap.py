@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import Report, encode
+from logsync.workers.ledger import Unsure, with_updates
 from logsync.workers.transports.base import Transport
 from logsync.workers.window import Taken
 
@@ -23,25 +25,34 @@ class Flight:
     Args:
         report: the frame, still without its window.
         taking: waits for the devices that hold values of the window, and returns what was taken.
+        unsure: updates that only a device knows of.
         transport: carries the frame.
         made: how many entries the root had made before.
     """
 
-    def __init__(self, report: Report, taking: Callable[[], Taken], transport: Transport, made: int) -> None:
+    def __init__(
+        self, report: Report, taking: Callable[[], Taken], unsure: Unsure, transport: Transport, made: int
+    ) -> None:
         self.taken = Taken.nothing()
+        self.updates: list[tuple[int, Step]] = []  # of `unsure` those that were not skipped
         self.frame = b""
         self.waited_s = 0.0
         self.made = made
         self.is_built = threading.Event()  # `taken` and `frame` are there
         self._report = report
         self._taking = taking
+        self._unsure = unsure
         self._transport = transport
 
     def __call__(self) -> bytes:
         """Build the frame and exchange it; on the log's thread."""
         try:
             self.taken = self._taking()
-            self.frame = encode(msgspec.structs.replace(self._report, window=self.taken.message))
+            report = msgspec.structs.replace(self._report, window=self.taken.message)
+            if self._unsure:
+                self.updates = self._unsure.applied()
+                report = msgspec.structs.replace(report, events=tuple(with_updates(report.events, self.updates)))
+            self.frame = encode(report)
         finally:
             self.is_built.set()
         started = time.perf_counter()

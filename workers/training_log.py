@@ -44,7 +44,8 @@ from logsync.coordinator.messages import (
 )
 from logsync.workers import termination
 from logsync.workers.absence import Absence
-from logsync.workers.ledger import Ledger
+from logsync.workers.ledger import Ledger, Unsure, with_updates
+from logsync.workers.optimizers import Watch
 from logsync.workers.overlap import Flight, Outcome, Overlap
 from logsync.workers.timer import Timer, Timers
 from logsync.workers.transports.base import Transport
@@ -120,6 +121,7 @@ class TrainingLog(Ledger):
         self._lock = threading.RLock()  # while it is absent, a thread of its own sends what the user says
         self._parked = 0  # a lease set aside until the next call: it hands over the open entry first
         self._overlap = Overlap()
+        self._optimizers = Watch(self.note_update)
         self._flight: Flight | None = None  # the round that log_step() has begun
         self._owed: LogsyncError | None = None  # what became of it, for the next call
         self._rounds = 0
@@ -238,6 +240,27 @@ class TrainingLog(Ledger):
     def log_written(self, step: LogStepType = None) -> None:  # noqa: D102 - as the base says
         with self._lock:
             super().log_written(step)
+
+    def watch_optimizer(self, *optimizers: Any) -> None:
+        """Have `model_updated` follow from the optimizers' own steps, at the step of the next call.
+
+        Steps that a gradient scaler skips, because gradients are not finite, are no updates; where only the device
+        knows of that (fused optimizers under `torch.amp.GradScaler`), it is read with the next frame and nothing waits
+        for the device meanwhile. An update of any optimizer, on any rank, counts. Watching ends with the log, and
+        neither keeps the other alive; nothing of it is in the optimizer's state.
+
+        Args:
+            optimizers: torch's, Accelerate's, what wraps one as its `.optimizer` or `.optim`, or engines that have
+                `step()` and `was_step_applied()`, as DeepSpeed's have. One that is watched already stays so.
+
+        Raises:
+            TypeError: one is none of these; then none is watched.
+            LogClosed: the log is closed.
+        """
+        if self not in _open_logs:
+            msg = "watch_optimizer() after the log was closed"
+            raise LogClosed(msg)
+        self._optimizers.add(*optimizers)
 
     def state_dict(self) -> dict[str, bytes]:  # noqa: D102 - as the base says
         with self._lock:
@@ -378,7 +401,8 @@ class TrainingLog(Ledger):
             return
         self._begin()
         report = self._report("decision", step, waited_s=self._waited_s, host=self._host_name)
-        flight = Flight(report, self._window.take_later(), self._transport, self._entries_made())
+        unsure, self._unsure = self._unsure, Unsure([])
+        flight = Flight(report, self._window.take_later(), unsure, self._transport, self._entries_made())
         self._flight = flight
         self._overlap.begin(flight)
 
@@ -395,6 +419,7 @@ class TrainingLog(Ledger):
             decision = self._accept(self._landed(outcome, flight))
         except LogsyncError as error:
             self._keep(error, flight.made, flight.taken)
+            self._events = with_updates(self._events, flight.updates)  # to be sent again
             self._owed = error
             return
         except Exception as error:  # noqa: BLE001 - a device that failed, say; told at the next call
@@ -800,6 +825,7 @@ class TrainingLog(Ledger):
         self._parked = 0
         self.record = _refuse_to_record
         self._timers.close()
+        self._optimizers.end()
         self._overlap.end()
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:

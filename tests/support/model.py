@@ -22,7 +22,8 @@ __all__ = ["Desk", "Model", "Root"]
 
 _SCHEMA = encode([KeySpec("x", "sum", "sum", per_rank=True)])
 _LISTS = ("_steps", "_falls", "_events")
-_KEPT = tuple(name for name in Ledger.__slots__ if name != "_last_entry" and name not in _LISTS)
+_UNUSED = ("_last_entry", "_hooked", "_stamped", "_unsure")  # nobody watches an optimizer here
+_KEPT = tuple(name for name in Ledger.__slots__ if name not in (*_UNUSED, *_LISTS))
 _ENDED = frozenset(("done", "failed", "dead"))
 
 Frozen = tuple[Hashable, ...]
