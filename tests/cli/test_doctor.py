@@ -49,6 +49,7 @@ def test_one_process_by_hand_logs_alone_and_connects_own_reason_is_given(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_person_gets_the_same_as_lines(tmp_path: Path) -> None:
     ran = logsync("doctor", folder=tmp_path)
 
@@ -159,6 +160,7 @@ def lonely(rank: int, **environ: str) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_whose_peer_does_not_come_says_so_within_its_deadline(tmp_path: Path) -> None:
     ran = subprocess.run(
         [*COMMAND, "doctor", "--no-extras", "--timeout", "2", "--json"],
@@ -176,6 +178,7 @@ def test_a_rank_whose_peer_does_not_come_says_so_within_its_deadline(tmp_path: P
     assert "joining the job's process group at 127.0.0.1:" in text
 
 
+@pytest.mark.slow
 def test_another_rank_than_0_says_what_is_wrong_on_standard_error_alone(tmp_path: Path) -> None:
     ran = subprocess.run(
         [*COMMAND, "doctor", "--no-extras", "--timeout", "2"],
