@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from logsync.workers.values import is_device_value
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 __all__ = ["Watch"]
 
-Note = Callable[["Tensor | None"], None]
+Note = Callable[[Any], None]
 
 
 class Watch:
