@@ -122,7 +122,7 @@ class Ledger:
         self._sent_events = 0
         self._hooked: list[tuple[int, Any]] = []  # updates that wait for their call's step; see note_update
         self._stamped: dict[int, Step] = {}  # the steps of those calls, once they are known
-        self._unsure = Unsure([])
+        self._unsure: Unsure | None = None  # updates of this frame that only a device knows of
         self._fault: Failure | None = None
         self._restore = b""
         self._finished = False
@@ -261,8 +261,8 @@ class Ledger:
         report = self._report(
             kind, step, check_model_update=check_model_update, window=window, waited_s=waited_s, host=host
         )
-        if self._unsure:
-            unsure, self._unsure = self._unsure, Unsure([])
+        if self._unsure is not None:
+            unsure, self._unsure = self._unsure, None
             self._add_updates(unsure.applied())
             report = msgspec.structs.replace(report, events=tuple(self._events))
         return encode(report)
@@ -310,7 +310,8 @@ class Ledger:
         known = [(call, stamped[call], skipped) for call, skipped in self._hooked if call in stamped]
         self._hooked = [hooked for hooked in self._hooked if hooked[0] not in stamped]
         self._add_updates([(call, step) for call, step, skipped in known if skipped is None])
-        self._unsure = Unsure([update for update in known if update[2] is not None])
+        unsure = [update for update in known if update[2] is not None]
+        self._unsure = Unsure(unsure) if unsure else None
 
     def _add_updates(self, updates: Sequence[tuple[int, Step]]) -> None:
         self._events = with_updates(self._events, updates)
@@ -477,10 +478,7 @@ class Unsure:
 
     def __init__(self, updates: Sequence[tuple[int, Step, Any]]) -> None:
         self._places = [(call, step) for call, step, _ in updates]
-        self._readings = begin_reading_scalars([skipped for _, _, skipped in updates]) if updates else []
-
-    def __bool__(self) -> bool:
-        return bool(self._places)
+        self._readings = begin_reading_scalars([skipped for _, _, skipped in updates])
 
     def applied(self) -> list[tuple[int, Step]]:
         """Return call and step of those that were not skipped."""

@@ -25,13 +25,13 @@ class Flight:
     Args:
         report: the frame, still without its window.
         taking: waits for the devices that hold values of the window, and returns what was taken.
-        unsure: updates that only a device knows of.
+        unsure: updates that only a device knows of, if there are any.
         transport: carries the frame.
         made: how many entries the root had made before.
     """
 
     def __init__(
-        self, report: Report, taking: Callable[[], Taken], unsure: Unsure, transport: Transport, made: int
+        self, report: Report, taking: Callable[[], Taken], unsure: Unsure | None, transport: Transport, made: int
     ) -> None:
         self.taken = Taken.nothing()
         self.updates: list[tuple[int, Step]] = []  # of `unsure` those that were not skipped
@@ -49,7 +49,7 @@ class Flight:
         try:
             self.taken = self._taking()
             report = msgspec.structs.replace(self._report, window=self.taken.message)
-            if self._unsure:
+            if self._unsure is not None:
                 self.updates = self._unsure.applied()
                 report = msgspec.structs.replace(report, events=tuple(with_updates(report.events, self.updates)))
             self.frame = encode(report)

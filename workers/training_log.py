@@ -44,7 +44,7 @@ from logsync.coordinator.messages import (
 )
 from logsync.workers import termination
 from logsync.workers.absence import Absence
-from logsync.workers.ledger import Ledger, Unsure, with_updates
+from logsync.workers.ledger import Ledger, with_updates
 from logsync.workers.optimizers import Watch
 from logsync.workers.overlap import Flight, Outcome, Overlap
 from logsync.workers.timer import Timer, Timers
@@ -401,7 +401,7 @@ class TrainingLog(Ledger):
             return
         self._begin()
         report = self._report("decision", step, waited_s=self._waited_s, host=self._host_name)
-        unsure, self._unsure = self._unsure, Unsure([])
+        unsure, self._unsure = self._unsure, None
         flight = Flight(report, self._window.take_later(), unsure, self._transport, self._entries_made())
         self._flight = flight
         self._overlap.begin(flight)
