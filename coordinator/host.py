@@ -61,7 +61,6 @@ class Host:
         self._last_entry: LogEntry | None = None  # of the state that was loaded last
         self._last_reply = b""
         self._closed = self._left = self._detached = False
-        self._ended = threading.Event()  # close() has come to its end
         sinks.prepare(self._run_info())
 
     @property
@@ -171,28 +170,11 @@ class Host:
         if self._closed:
             return
         self._closed = True
-        try:
-            self.release()
-            self._sinks.close()
-            if self._reserved is not None:
-                with contextlib.suppress(OSError):  # not empty: then it is in use
-                    self._reserved.rmdir()
-        finally:
-            self._ended.set()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called; it may still be flushing."""
-        return self._closed
-
-    def wait_closed(self, timeout_s: float) -> None:
-        """Wait until a `close` on another thread has come to its end."""
-        self._ended.wait(timeout_s)
-
-    def flush(self) -> None:
-        """Hand over what is held, and wait until the sinks have taken what was queued, or for 10 s."""
         self.release()
-        self._sinks.flush()
+        self._sinks.close()
+        if self._reserved is not None:
+            with contextlib.suppress(OSError):  # not empty: then it is in use
+                self._reserved.rmdir()
 
     def _run_info(self) -> RunInfo:
         coordinator = self.coordinator

@@ -42,7 +42,6 @@ from logsync.coordinator.messages import (
     encode,
     encode_hello,
 )
-from logsync.workers import termination
 from logsync.workers.absence import Absence
 from logsync.workers.ledger import Ledger, with_updates
 from logsync.workers.optimizers import Watch
@@ -731,8 +730,6 @@ class TrainingLog(Ledger):
         self._rounds = self._bytes_sent = 0
         self._wait_s = 0.0
         _open_logs.add(self)
-        if self._host is not None:
-            termination.flush_at_sigterm(self._host)
 
     def __enter__(self) -> TrainingLog:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
@@ -830,7 +827,6 @@ class TrainingLog(Ledger):
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()
-            termination.let_go(self._host)
 
 
 def open_logs() -> tuple[TrainingLog, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,8 @@ def _parted(spec: str) -> tuple[str, str, str]:
 def name_of(spec: SinkSpec) -> str:
     """Return how messages call the sink that `spec` stands for."""
     if isinstance(spec, str):
-        return printable("".join(_parted(spec)))
+        # A server's address may hold a password.
+        return printable(re.sub("//[^/@]*@", "//", "".join(_parted(spec))))
     if isinstance(spec, Sink):
         return type(spec).__name__
     return printable(getattr(spec, "__qualname__", type(spec).__name__))

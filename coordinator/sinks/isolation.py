@@ -219,7 +219,7 @@ class Lane:
             return
         try:
             keep(self._hyperparams)
-        except Exception as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - as above
             self._tell(error, "the hyperparameters are not kept there")
 
     def _close(self) -> None:
@@ -228,7 +228,7 @@ class Lane:
         self._is_open = False
         try:
             self._sink.close()
-        except Exception as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # noqa: BLE001 - as above
             self._tell(error, "closing it did not work, so what it had not flushed may be lost")
 
     def _well(self) -> None:
@@ -292,10 +292,15 @@ class SinkSet:
 
     def load(self) -> None:
         """Import what the sinks need, now rather than in the middle of training."""
-        for sink in self._sinks:
+        for lane, sink in zip(self._lanes, self._sinks, strict=True):
             load = getattr(sink, "load", None)
             if load is not None:
-                load()
+                try:
+                    load()
+                except Exception as error:  # noqa: BLE001 - opening the sink will say the same, and no rank waits for us
+                    _logger.warning(
+                        "sink %s could not be loaded: %s: %s", lane.name, type(error).__name__, printable(str(error))
+                    )
 
     def prepare(self, run: RunInfo) -> None:
         """Say what run the entries to come belong to; open sinks are closed, to open again with this run."""

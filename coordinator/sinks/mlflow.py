@@ -123,8 +123,8 @@ class MlflowSink:
             cause = error.__cause__ or error.__context__
             # Not so a server that has refused this one again and again: it would keep all others waiting.
             if isinstance(cause, OSError) and type(cause).__name__ != "RetryError":
-                msg = f"the MLflow server at {_without_password(self._uri)} went away"
-                raise ConnectionError(msg) from error
+                msg = f"the MLflow server at {_without_password(self._uri)} went away: {type(cause).__name__}"
+                raise ConnectionError(msg) from None  # as below
             raise
 
     def close(self) -> None:
@@ -167,9 +167,10 @@ class MlflowSink:
                 timeout=timeout_s,
                 raise_on_status=False,
             )
-        except Exception as error:
-            msg = f"the MLflow server at {_without_password(self._uri)} did not answer within {timeout_s} s"
-            raise ConnectionError(msg) from error
+        except Exception as error:  # noqa: BLE001 - whatever the client raises, the server is not there
+            problem = type(error.__cause__ or error.__context__ or error).__name__
+            msg = f"the MLflow server at {_without_password(self._uri)} did not answer within {timeout_s} s: {problem}"
+            raise ConnectionError(msg) from None  # its text has the address with the password
 
 
 def _without_password(uri: str) -> str:

@@ -339,6 +339,7 @@ def test_a_server_that_never_answers_or_is_not_there_is_an_error_without_its_pas
 
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
     assert f"the MLflow server at http://127.0.0.1:{port} did not answer" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_where_mlflow_can_keep_nothing_the_error_says_what_to_give(tmp_path: Path) -> None:
