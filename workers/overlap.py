@@ -80,8 +80,13 @@ class Overlap:
     def begin(self, exchange: Callable[[], bytes]) -> None:
         """Have `exchange` run; the one before must have been waited for."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="logsync-overlap", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, name="logsync-overlap", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be had: the others wait for this frame all the same
+                self._outcomes.put(_outcome_of(exchange))
+                return
+            self._thread = thread
         self._jobs.put(exchange)
 
     def wait(self) -> Outcome:
@@ -97,9 +102,12 @@ class Overlap:
 
     def _serve(self) -> None:
         while (exchange := self._jobs.get()) is not None:
-            try:
-                outcome = Outcome(exchange())
-            except BaseException as error:  # noqa: BLE001 - it belongs to the caller, who will come for it
-                outcome = Outcome(b"", error)
-            self._outcomes.put(outcome)
-            del exchange, outcome  # not kept alive until the next round
+            self._outcomes.put(_outcome_of(exchange))
+            del exchange  # not kept alive until the next round
+
+
+def _outcome_of(exchange: Callable[[], bytes]) -> Outcome:
+    try:
+        return Outcome(exchange())
+    except BaseException as error:  # noqa: BLE001 - it belongs to the caller, who will come for it
+        return Outcome(b"", error)

@@ -384,8 +384,10 @@ class TrainingLog(Ledger):
         try:
             if values is None:
                 values = named
-            if values:
-                self.record({**values, **named} if named and values is not named else values, weight=weight)
+            elif named:
+                values = {**values, **named}
+            if values or not isinstance(values, Mapping):
+                self.record(values, weight=weight)
         finally:
             left = self._left
             if left:

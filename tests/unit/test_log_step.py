@@ -416,3 +416,31 @@ def test_what_cannot_be_is_refused_at_the_call() -> None:
         assert log.calls == 1
     with pytest.raises(LogClosed):
         log.log_step(1)
+
+
+def test_named_values_count_beside_an_empty_mapping_and_what_is_none_is_refused() -> None:
+    entries: list[LogEntry] = []
+    with connect(1, sinks=[entries.append]) as log:
+        log.log_step(0, {}, loss=3.0)
+        with pytest.raises(TypeError, match="mapping"):
+            log.log_step(1, 0)  # type: ignore[arg-type]
+
+    assert entries[0].metrics == {"loss": 3.0}
+
+
+def test_where_no_thread_can_be_started_the_round_is_made_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "logsync-overlap":
+            msg = "can't start new thread"
+            raise RuntimeError(msg)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    entries: list[LogEntry] = []
+    with connect(2, sinks=[entries.append]) as log:
+        for step in range(5):
+            log.log_step(step, n=1.0)
+
+    assert [entry.step for entry in entries] == [0, 2, 4]
