@@ -26,6 +26,7 @@ from logsync.coordinator.errors import (
 from logsync.coordinator.frequency import FrequencyManager, checked_frequency, checked_step, log_ready
 from logsync.coordinator.lease import Cadence, due_step
 from logsync.coordinator.messages import (
+    MAX_CALL,
     MAX_FRAME,
     MAX_PATH,
     PROTOCOL,
@@ -93,6 +94,8 @@ def misfit(state: State, frequency_type: str) -> str:
     """Return why a log that counts in `frequency_type` cannot go on from `state`; empty if it can."""
     if state.frequency_type != frequency_type:
         return f"the state counts in frequency type {state.frequency_type!r}, this log in {frequency_type!r}"
+    if max(state.next_seq, state.attempt, state.missed) > MAX_CALL:
+        return f"the state has a count that no log could have: {max(state.next_seq, state.attempt, state.missed)}"
     try:
         checked_frequency(state.log_frequency, frequency_type)
         for step in (state.last_log_step, state.last_model_update_step):
@@ -119,6 +122,7 @@ class Coordinator:
         entries_made: how many entries this start of the job has made; unlike `next_seq`, a load leaves it alone.
         restores: how often a state was loaded.
         first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
+        refused_load: whether the last round failed because ranks had loaded different states.
 
     Raises:
         ValueError: `run_dir` is too long for a frame, or not UTF-8.
@@ -145,6 +149,7 @@ class Coordinator:
         self.entries_made = 0
         self.restores = 0
         self.first_seq = 0
+        self.refused_load = False
         self._settings = settings
         self._world_size = world_size
         self._members = range(world_size)  # whose frames make a round
@@ -179,6 +184,7 @@ class Coordinator:
         self._round += 1
         self._round_times = (self._round_times[1], now)
         moment = self._moment()
+        self.refused_load = False
         over = _GOES_ON
         try:
             if number == 0:
@@ -199,6 +205,7 @@ class Coordinator:
     def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
         steps = self._steps
         self._return_to(moment)
+        self.refused_load = isinstance(error, StateMismatch)
         if isinstance(error, RoundMismatch):
             self._steps = steps  # told once, and the norm from now on
         return encode(self._decision(number, failure=failure_of(error), over=over))
@@ -485,7 +492,7 @@ class Coordinator:
         problem = misfit(state, self.frequency_manager.frequency_type)
         if problem:
             raise StateMismatch(problem)
-        self.load(state, counting.call - (counting.kind == "decision"))
+        self.load(state, counting.restored_at)
 
     def load(self, state: State, call: int) -> None:
         """Go on from the state of a checkpoint, after `call` calls in this start of the job."""

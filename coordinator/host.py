@@ -14,7 +14,7 @@ import msgspec
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
-from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window
+from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window, decode_decision
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.isolation import SinkSet
 
@@ -59,6 +59,8 @@ class Host:
         self._restores = 0
         self._loaded: tuple[State, int] | None = None  # what no round has taken over yet
         self._last_entry: LogEntry | None = None  # of the state that was loaded last
+        self._refused = False  # ranks loaded different states, and it is not known what this run continues
+        self._written_to = ""  # the folder that entries were given to the sinks for
         self._last_reply = b""
         self._closed = self._left = self._detached = False
         sinks.prepare(self._run_info())
@@ -101,6 +103,7 @@ class Host:
 
     def _decide(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         reply, entries = self.coordinator.handle(frames, self._clock())
+        self._note_load(reply)
         self._continue_run()
         self._held.extend(entries)
         return reply
@@ -109,13 +112,21 @@ class Host:
         """Note that a state was loaded, after `call` calls, that all ranks will bring to the next round."""
         with self._lock:
             self._loaded = (state, call)
+            self._refused = False
             self._last_entry = last_entry
+
+    def _note_load(self, reply: bytes) -> None:
+        """Forget the state that was loaded here once a round has taken it over, passed it by or refused it."""
+        if self.coordinator.refused_load:
+            self._refused = self._loaded is not None or not self._written_to
+            self._loaded = None
+        elif self._loaded is not None and decode_decision(reply).failure is None:
+            self._loaded = None
 
     def _continue_run(self) -> None:
         """Let the sinks continue the run whose state was taken over, if one was."""
         if self.coordinator.restores != self._restores:
             self._restores = self.coordinator.restores
-            self._loaded = None
             self._sinks.prepare(self._run_info())
 
     def annotate(self, values: Mapping[str, float]) -> None:
@@ -124,19 +135,22 @@ class Host:
         Raises:
             ValueError: the entry has a metric of that name already.
         """
-        if not self._held:
-            _logger.warning(
-                "annotate(%s) came when no entry was open, and was dropped; call it right after log_ready() returned "
-                "True or after write()",
-                ", ".join(values),
-            )
-            return
-        entry = self._held[-1]
-        taken = [name for name in values if name in entry.metrics]
-        if taken:
-            msg = f"annotate() would overwrite the merged metric {taken[0]!r} of entry {entry.seq}; use another name"
-            raise ValueError(msg)
-        self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
+        with self._lock:
+            if not self._held:
+                _logger.warning(
+                    "annotate(%s) came when no entry was open, and was dropped; call it right after log_ready() "
+                    "returned True or after write()",
+                    ", ".join(values),
+                )
+                return
+            entry = self._held[-1]
+            taken = [name for name in values if name in entry.metrics]
+            if taken:
+                msg = (
+                    f"annotate() would overwrite the merged metric {taken[0]!r} of entry {entry.seq}; use another name"
+                )
+                raise ValueError(msg)
+            self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
 
     def log_hyperparams(self, values: Mapping[str, object]) -> None:
         """Have the sinks keep the run's settings."""
@@ -147,7 +161,11 @@ class Host:
         with self._lock:
             held, self._held = self._held, []
             for entry in held:
-                self._sinks.write(entry)
+                self._write(entry)
+
+    def _write(self, entry: LogEntry) -> None:
+        self._written_to = self.coordinator.run_dir
+        self._sinks.write(entry)
 
     def leave(self, rank: int, take: Callable[[int], Window], step: Step, call: int) -> None:
         """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more.
@@ -161,9 +179,18 @@ class Host:
             if self._loaded is not None:
                 self.coordinator.load(*self._loaded)
                 self._continue_run()
-            entry = self.coordinator.leftover(rank, take(self.coordinator.entries_made), step, call, self._clock())
+            window = take(self.coordinator.entries_made)
+            if self._refused:
+                # It belongs behind a state that the ranks do not agree on: there is no place for it in the files.
+                _logger.warning(
+                    "rank %d leaves after ranks loaded different states: what it recorded since is not written, and "
+                    "the files of the run stay as they were",
+                    rank,
+                )
+                return
+            entry = self.coordinator.leftover(rank, window, step, call, self._clock())
             if entry is not None:
-                self._sinks.write(entry)
+                self._write(entry)
 
     def close(self) -> None:
         """Hand over what is held and flush the sinks; a second call does nothing."""
@@ -187,6 +214,7 @@ class Host:
             resumed=coordinator.restores > 0,
             run_id=coordinator.run_id,
             last_entry=self._last_entry,
+            begun=self._written_to == coordinator.run_dir,
         )
 
 

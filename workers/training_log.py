@@ -273,10 +273,13 @@ class TrainingLog(Ledger):
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
         self._collect()
         self._come_back()
+        if self._unusable is not None:
+            raise copy.copy(self._unusable)
         super().load_state_dict(state_dict)
         if self._host is not None:
             self._host.loaded(self.state, self._last_entry, self.calls)
         self._window.clear()
+        self._doubtful = None
         self._parked = 0
 
     def write(self, step: LogStepType, values: Mapping[str, Any] | None = None) -> LogEntry:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
@@ -15,6 +15,7 @@ from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["CsvSink"]
 
+_Value = TypeVar("_Value")
 _COLUMNS = ("seq", "step", "time", "attempt", "metric", "value")
 
 
@@ -92,12 +93,13 @@ def _records(file: BinaryIO) -> Iterator[Record]:
         lines.clear()
         seq = _seq_of(row)
         # An end that is cut off can look whole: "0.12" of "0.1234".
-        yield Record(data, seq, whole=seq is not None and data.endswith(b"\n"), time=_time_of(row))
+        whole = seq is not None and data.endswith(b"\n")
+        yield Record(data, seq, whole=whole, time=_read(float, row, "time"), attempt=_read(int, row, "attempt"))
 
 
-def _time_of(row: list[str]) -> float | None:
+def _read(convert: Callable[[str], _Value], row: list[str], column: str) -> _Value | None:
     try:
-        return float(row[_COLUMNS.index("time")])
+        return convert(row[_COLUMNS.index(column)])
     except (IndexError, ValueError):
         return None
 

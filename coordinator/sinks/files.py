@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import stat
@@ -27,13 +28,14 @@ class Record(NamedTuple):
         data: its bytes.
         seq: the entry's number; None for what is no entry, -1 for what belongs to the file, such as a header.
         whole: whether it can be read back; False for a torn one.
-        time: the entry's, where it has one.
+        time, attempt: the entry's, where it has them.
     """
 
     data: bytes
     seq: int | None
     whole: bool = True
     time: float | None = None
+    attempt: int | None = None
 
 
 Reader: TypeAlias = Callable[[BinaryIO], Iterator[Record]]
@@ -111,19 +113,20 @@ def absolute(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
 
-def open_for(run: RunInfo, path: Path, read: Reader) -> Appender:
+def open_for(run: RunInfo, path: Path, read: Reader, *beside: Path) -> Appender:
     """Make the folder of `path`, continue the file or set it aside, and open it for appending.
 
     A resumed run's file is cut back: entries from the run's first `seq` on go, and so does a torn last record.
 
     Args:
         read: yields the file's records in order; every byte belongs to one.
+        beside: files that belong to it, and are set aside with it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     newest = -1
     if path.is_file() and path.stat().st_size:
-        if not run.resumed or _is_anothers(path, run, read):
-            set_aside(path)
+        if not run.continues or _is_anothers(path, run, read):
+            set_aside(path, beside=beside)
         else:
             newest = _cut_back(path, run.next_seq, read)
     return Appender(path, newest)
@@ -131,23 +134,30 @@ def open_for(run: RunInfo, path: Path, read: Reader) -> Appender:
 
 def _is_anothers(path: Path, run: RunInfo, read: Reader) -> bool:
     """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
-    if run.last_entry is None or run.next_seq != 1:
+    last = run.last_entry
+    if last is None or run.begun:
         return False
     with path.open("rb") as file:
-        first = next((record for record in read(file) if record.seq == 0), None)
-    return first is not None and first.time is not None and first.time != run.last_entry.time
+        found = next((record for record in read(file) if record.seq == last.seq), None)
+    # One start of the job makes an entry once. Another start may have made it again, from an earlier checkpoint.
+    return found is not None and found.attempt == last.attempt and found.time not in {None, last.time}
 
 
-def set_aside(path: Path, files: Sequence[Path] | None = None) -> None:
+def set_aside(path: Path, files: Sequence[Path] | None = None, *, beside: Sequence[Path] = ()) -> None:
     """Rename what an earlier run left at `path` to the next free number, and say so.
 
     Args:
         files: if given, `path` is a folder, and only these files of it move; it stays.
+        beside: files that get the same number, where there are such.
     """
     if files is not None and not files:
         return
-    aside = _free_name(path)
+    number = next(n for n in itertools.count(1) if not any(os.path.lexists(_numbered(p, n)) for p in (path, *beside)))
+    aside = _numbered(path, number)
     if files is None:
+        for other in beside:
+            with contextlib.suppress(FileNotFoundError):
+                other.rename(_numbered(other, number))
         path.rename(aside)
     else:
         aside.mkdir()
@@ -172,11 +182,8 @@ def replace(path: Path, data: bytes) -> None:
         raise
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.{number}")):
-        number += 1
-    return aside
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 def _cut_back(path: Path, next_seq: int, read: Reader) -> int:
