@@ -63,6 +63,8 @@ class Host:
         self._written_to = ""  # the folder that entries were given to the sinks for
         self._last_reply = b""
         self._closed = self._left = self._detached = False
+        self.ended = threading.Event()
+        """Set once `close` has done its work."""
         sinks.prepare(self._run_info())
 
     @property
@@ -194,14 +196,18 @@ class Host:
 
     def close(self) -> None:
         """Hand over what is held and flush the sinks; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self.release()
-        self._sinks.close()
-        if self._reserved is not None:
-            with contextlib.suppress(OSError):  # not empty: then it is in use
-                self._reserved.rmdir()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.release()
+        try:
+            self._sinks.close()
+            if self._reserved is not None:
+                with contextlib.suppress(OSError):  # not empty: then it is in use
+                    self._reserved.rmdir()
+        finally:
+            self.ended.set()
 
     def _run_info(self) -> RunInfo:
         coordinator = self.coordinator

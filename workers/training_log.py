@@ -42,6 +42,7 @@ from logsync.coordinator.messages import (
     encode,
     encode_hello,
 )
+from logsync.workers import termination
 from logsync.workers.absence import Absence
 from logsync.workers.ledger import Ledger, with_updates
 from logsync.workers.optimizers import Watch
@@ -462,6 +463,7 @@ class TrainingLog(Ledger):
 
     def _begin(self) -> None:
         """Refuse what cannot make a round, and hand over the entry that `annotate` could still add to."""
+        termination.wait_if_ending()
         self._collect()
         if self._owed is not None:
             owed, self._owed = self._owed, None
@@ -735,6 +737,8 @@ class TrainingLog(Ledger):
         self._rounds = self._bytes_sent = 0
         self._wait_s = 0.0
         _open_logs.add(self)
+        if self._host is not None:
+            termination.flush_at_sigterm(self._host)
 
     def __enter__(self) -> TrainingLog:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
@@ -797,9 +801,11 @@ class TrainingLog(Ledger):
         """End the log without waiting for anybody; the coordinator writes what it has."""
         if self not in _open_logs:
             return
-        _open_logs.discard(self)
         if os.getpid() != self._pid:
+            _open_logs.discard(self)
             return
+        termination.wait_if_ending()
+        _open_logs.discard(self)
         if self._flight is not None and self._flight.is_built.wait(_DEVICE_S):
             self._doubtful = (self._flight.made, self._flight.taken)
         if self._host is not None and not self._complete:
@@ -832,6 +838,7 @@ class TrainingLog(Ledger):
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()
+            termination.let_go(self._host)
 
 
 def open_logs() -> tuple[TrainingLog, ...]:
