@@ -26,6 +26,7 @@ from logsync.coordinator.errors import (
 from logsync.coordinator.frequency import FrequencyManager, checked_frequency, checked_step, log_ready
 from logsync.coordinator.lease import Cadence, due_step
 from logsync.coordinator.messages import (
+    MAX_CALL,
     MAX_FRAME,
     MAX_PATH,
     PROTOCOL,
@@ -38,6 +39,7 @@ from logsync.coordinator.messages import (
     Rhythm,
     Settings,
     State,
+    Waits,
     Window,
     decode_state,
     encode,
@@ -45,6 +47,7 @@ from logsync.coordinator.messages import (
 )
 from logsync.coordinator.reduction import Partials
 from logsync.coordinator.rounds import check_hellos, read_hellos, read_reports, step_mismatch
+from logsync.coordinator.waits import waits_of
 
 __all__ = ["Coordinator", "misfit"]
 
@@ -65,6 +68,8 @@ _STANDING = (
     "_entry_call",
     "_missed",
     "_unanswered",
+    "_waits_from",
+    "_hosts",
 )
 _CALLS = ("decision", "write")  # what a rank's user called; the other kinds come from ranks that call nothing
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...], dict[int, int]]
@@ -90,6 +95,8 @@ def misfit(state: State, frequency_type: str) -> str:
     """Return why a log that counts in `frequency_type` cannot go on from `state`; empty if it can."""
     if state.frequency_type != frequency_type:
         return f"the state counts in frequency type {state.frequency_type!r}, this log in {frequency_type!r}"
+    if max(state.next_seq, state.attempt, state.missed) > MAX_CALL:
+        return f"the state has a count that no log could have: {max(state.next_seq, state.attempt, state.missed)}"
     try:
         checked_frequency(state.log_frequency, frequency_type)
         for step in (state.last_log_step, state.last_model_update_step):
@@ -116,6 +123,7 @@ class Coordinator:
         entries_made: how many entries this start of the job has made; unlike `next_seq`, a load leaves it alone.
         restores: how often a state was loaded.
         first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
+        refused_load: whether the last round failed because ranks had loaded different states.
 
     Raises:
         ValueError: `run_dir` is too long for a frame, or not UTF-8.
@@ -142,6 +150,7 @@ class Coordinator:
         self.entries_made = 0
         self.restores = 0
         self.first_seq = 0
+        self.refused_load = False
         self._settings = settings
         self._world_size = world_size
         self._members = range(world_size)  # whose frames make a round
@@ -155,6 +164,9 @@ class Coordinator:
         self._entry_call = 0  # the call up to which everything is in an entry
         self._missed = 0  # calls of earlier starts that are in no entry and in no window
         self._unanswered = 0  # rounds in a row that only waited for an update
+        self._hosts: dict[int, str] = {}
+        self._round_times = (0.0, 0.0)  # of the last round and of this one
+        self._waits_from: float | None = None  # when the round before the last entry's was
 
     def handle(
         self, frames: Sequence[bytes | bytearray | memoryview], now: float = 0.0
@@ -172,7 +184,9 @@ class Coordinator:
         """
         number = self._round
         self._round += 1
+        self._round_times = (self._round_times[1], now)
         moment = self._moment()
+        self.refused_load = False
         over = _GOES_ON
         try:
             if number == 0:
@@ -193,6 +207,7 @@ class Coordinator:
     def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
         steps = self._steps
         self._return_to(moment)
+        self.refused_load = isinstance(error, StateMismatch)
         if isinstance(error, RoundMismatch):
             self._steps = steps  # told once, and the norm from now on
         return encode(self._decision(number, failure=failure_of(error), over=over))
@@ -205,6 +220,9 @@ class Coordinator:
         counting = active[0] if active else max(reports, key=lambda r: r.call)
         active = active or reports
         kind = counting.kind
+        named = {r.rank: r.host for r in reports if r.host}  # the first time only
+        if named:
+            self._hosts = self._hosts | named
         _check_faults(reports)
         _check_numbers(reports, whole=not self.frequency_manager.is_epoch_frequency_manager)
         self._restore(active, counting)
@@ -230,7 +248,13 @@ class Coordinator:
                 # What is left at the end may follow a write() at a later step: an entry's step never goes back.
                 last = manager.last_log_step if over.run else None
                 step = counting.step if last is None or counting.step is None else max(counting.step, last)
-                entry = self._entry(partials, step, counting.call, now)
+                since = None if self._detached else self._waits_from
+                waits = (
+                    None
+                    if since is None
+                    else waits_of(active, self._hosts, self._round_times[0] - since, self._world_size)
+                )
+                entry = self._entry(partials, step, counting.call, now, waits)
         if kind not in _CALLS:
             return self._decision(number, entry=entry, over=over, notices=notices)
         lease = 0
@@ -329,7 +353,7 @@ class Coordinator:
         self._missed = max(1, self._missed)
         return self._entry(partials, step, call, now)
 
-    def _entry(self, partials: Partials, step: Step, call: int, now: float) -> LogEntry:
+    def _entry(self, partials: Partials, step: Step, call: int, now: float, waits: Waits | None = None) -> LogEntry:
         """Reduce what was recorded up to `call` to an entry and mark it written at `step`."""
         merged = partials.reduce(self._world_size)
         entry = LogEntry(
@@ -343,12 +367,14 @@ class Coordinator:
             ranks=merged.ranks,
             nan_ranks=merged.nan_ranks,
             partial=self._missed > 0 or self._detached,
+            waits=waits,
         )
         self.frequency_manager.log_written(step)
         self.next_seq += 1
         self.entries_made += 1
         self._entry_call = call
         self._missed = 0
+        self._waits_from = self._round_times[0]
         return entry
 
     def _check_steps(self, active: list[Report], counting: Report) -> None:
@@ -471,7 +497,7 @@ class Coordinator:
         problem = misfit(state, self.frequency_manager.frequency_type)
         if problem:
             raise StateMismatch(problem)
-        self.load(state, counting.call - (counting.kind == "decision"))
+        self.load(state, counting.restored_at)
 
     def load(self, state: State, call: int) -> None:
         """Go on from the state of a checkpoint, after `call` calls in this start of the job."""

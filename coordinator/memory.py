@@ -5,7 +5,7 @@ With the reply it is all there is: no file, no clock. A rank that came back is t
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -26,8 +26,8 @@ from logsync.coordinator.rounds import check_hello
 
 __all__ = ["readmit", "recall", "remember"]
 
-_MOST_STEPS = 256
-"""In larger worlds ranks' steps are not remembered: the first round after a recovery compares none."""
+_MOST_RANKS = 256
+"""In larger worlds ranks' steps and hosts are not remembered: the first round after a recovery compares no steps."""
 
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _Step = Annotated[int, Meta(ge=0, le=INT64_MAX)]
@@ -48,9 +48,11 @@ class _Memory(msgspec.Struct, frozen=True, array_like=True):
     missed: _Count
     unanswered: _Count
     rhythms: Annotated[tuple[Rhythm, ...], Meta(max_length=8)]
-    steps: Annotated[dict[_Count, _Step], Meta(max_length=_MOST_STEPS)]
+    steps: Annotated[dict[_Count, _Step], Meta(max_length=_MOST_RANKS)]
+    hosts: Annotated[dict[_Count, Annotated[str, Meta(max_length=64)]], Meta(max_length=_MOST_RANKS)]
 
 
+_Value = TypeVar("_Value")
 _memory = msgspec.msgpack.Decoder(_Memory)
 
 
@@ -71,7 +73,8 @@ def remember(coordinator: Coordinator) -> bytes:
             missed=c._missed,  # noqa: SLF001
             unanswered=c._unanswered,  # noqa: SLF001
             rhythms=c._cadence.snapshot(),  # noqa: SLF001
-            steps=c._steps if len(c._steps) <= _MOST_STEPS else {},  # noqa: SLF001
+            steps=_few(c._steps),  # noqa: SLF001
+            hosts=_few(c._hosts),  # noqa: SLF001
         )
     )
 
@@ -113,6 +116,7 @@ def recall(data: bytes, settings: Settings, world_size: int, *, keep_run_dir: bo
     c._unanswered = found.unanswered  # noqa: SLF001
     c._cadence.restore(found.rhythms)  # noqa: SLF001
     c._steps = dict(found.steps)  # noqa: SLF001
+    c._hosts = dict(found.hosts)  # noqa: SLF001
     return c
 
 
@@ -135,3 +139,7 @@ def readmit(coordinator: Coordinator, rank: int, hello: bytes) -> bytes:
     call = c._last_call  # noqa: SLF001
     epoch = NewEpoch(call, max(0, call - c._entry_call) + c._missed)  # noqa: SLF001
     return encode(msgspec.structs.replace(decision, new_epoch=epoch))
+
+
+def _few(by_rank: dict[int, _Value]) -> dict[int, _Value]:
+    return by_rank if len(by_rank) <= _MOST_RANKS else {}

@@ -18,10 +18,13 @@ from logsync.coordinator.errors import LogsyncError, ProtocolError, agreed_error
 __all__ = [
     "HELLO_SIZE",
     "INT64_MAX",
+    "MAX_CALL",
     "MAX_FALLS",
     "MAX_FRAME",
     "MAX_NAME",
     "MAX_PATH",
+    "MAX_WAITS",
+    "MAX_WAIT_S",
     "PROTOCOL",
     "RESERVED",
     "Decision",
@@ -36,6 +39,7 @@ __all__ = [
     "Rhythm",
     "Settings",
     "State",
+    "Waits",
     "Window",
     "decode_decision",
     "decode_hello",
@@ -61,22 +65,27 @@ MAX_FRAME = 16 * 2**20
 """Bytes of the largest frame or reply. A transport may carry less."""
 
 INT64_MAX = 2**63 - 1
+MAX_CALL = 2**61
 MAX_NAME = 256
 MAX_FALLS = 64
 MAX_PATH = 4096
+MAX_WAIT_S = 1e9
+MAX_WAITS = 4096
 _MAX_KEYS = 65_536
 _MAX_METRICS = 2**20  # spread and per_rank multiply keys
 _MAX_EVENTS = 65_536
 _MAX_RANKS = 2**20
 _MAX_TEXT = 4096
 
-RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ranks", "nonfinite", "nan_ranks"})
+RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ranks", "nonfinite", "nan_ranks", "waits"})
 """Names that no metric may have: flat destinations write them beside the metrics."""
 
 # `int | float` decodes either; the bound on ints keeps what follows inside int64.
 _Int = Annotated[int, Meta(ge=-INT64_MAX, le=INT64_MAX)]
 _Natural = Annotated[int, Meta(ge=0, le=INT64_MAX)]
-_Count = Annotated[int, Meta(ge=0, le=2**62)]  # what is counted on from: never at the end of int64
+# What is counted on from, or added to another count, is never at the end of int64.
+_Call = Annotated[int, Meta(ge=0, le=MAX_CALL)]
+_Count = Annotated[int, Meta(ge=0, le=2 * MAX_CALL)]
 _Rank = Annotated[int, Meta(ge=0, lt=_MAX_RANKS)]
 _FewRanks = Annotated[tuple[_Rank, ...], Meta(max_length=16)]
 _Number = Annotated[int, Meta(ge=0, le=INT64_MAX)] | Annotated[float, Meta(ge=0, le=1.7976931348623157e308)]
@@ -85,11 +94,39 @@ _Text = Annotated[str, Meta(max_length=_MAX_TEXT)]
 _Key = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 _Metric = Annotated[str, Meta(min_length=1, max_length=MAX_NAME + 32)]  # with "/argmax_rank" and the like behind it
 _Path = Annotated[str, Meta(max_length=MAX_PATH)]
+_Seconds = Annotated[float, Meta(ge=0, le=MAX_WAIT_S)]
+_Millis = Annotated[int, Meta(ge=-1, le=1000 * int(MAX_WAIT_S))]
+_Host = Annotated[str, Meta(max_length=64)]
 _RunId = Annotated[str, Meta(max_length=32)]
 
 ReportKind = Literal["decision", "write", "ended", "closed"]
 
 Reduction = Literal["mean", "sum", "min", "max", "last"]
+
+
+class Waits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who waited for whom, in the rounds from the one that made the entry before to the last one before this entry.
+
+    It comes one round late, since a wait is over when the reply is there.
+
+    Attributes:
+        slowest: the rank that waited least, because it came last; the lowest of several.
+        least_s, most_s: the seconds that it waited, and that the rank waited that came first.
+        interval_s: the seconds that these rounds and the work between them took.
+        host: the host name of `slowest`, printable; empty if it is not known.
+        lag: steps from the rank that is furthest behind, `behind`, to the one that is furthest ahead.
+        each_ms: each rank's wait in whole milliseconds, rank 0's first; -1 for a rank that is not known to have
+            waited, such as one that has closed. Empty in a job of more than 4,096 ranks.
+    """
+
+    slowest: _Rank
+    least_s: _Seconds
+    most_s: _Seconds
+    interval_s: _Seconds
+    host: Annotated[str, Meta(max_length=128)] = ""
+    lag: _Number = 0
+    behind: _Rank = 0
+    each_ms: Annotated[tuple[_Millis, ...], Meta(max_length=MAX_WAITS)] = ()
 
 
 class LogEntry(msgspec.Struct, frozen=True):
@@ -107,6 +144,8 @@ class LogEntry(msgspec.Struct, frozen=True):
         nan_ranks: for each value that is NaN or infinite, the lowest 16 ranks that made it so.
         partial: whether steps or ranks are missing from it: after a restart from a checkpoint that was not taken at
             a log, or when a rank wrote what it had after the group was lost.
+        waits: which rank was slow; None in the first entry after a start, and where one rank logs alone. Times are
+            never the same twice, so they are not in `metrics`.
     """
 
     seq: _Natural
@@ -119,6 +158,7 @@ class LogEntry(msgspec.Struct, frozen=True):
     ranks: Annotated[dict[_Metric, _Natural], Meta(max_length=_MAX_METRICS)] = {}
     nan_ranks: Annotated[dict[_Metric, _FewRanks], Meta(max_length=_MAX_METRICS)] = {}
     partial: bool = False
+    waits: Waits | None = None
 
 
 class KeySpec(msgspec.Struct, frozen=True, array_like=True):
@@ -222,6 +262,10 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
         call: how many calls this rank has made, this one included.
         fault: what was wrong with the step of this call, or of one under the lease, or with write()'s values.
         restore: the bytes given to `load_state_dict` since the last accepted round; empty if none were.
+        restored_at: how many calls this rank had made then.
+        waited_s: seconds that this rank waited in the accepted rounds since the last entry, that one's included; None
+            if it has not waited with the others, but answered in the background.
+        host: this rank's host name; empty once a round was accepted.
     """
 
     protocol: _Natural
@@ -230,7 +274,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     rank: _Rank
     world_size: Annotated[int, Meta(ge=1, le=_MAX_RANKS)]
     kind: ReportKind
-    call: _Natural
+    call: _Call
     step: _MaybeStep
     check_model_update: bool
     rhythm: Rhythm
@@ -238,6 +282,9 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     window: Window = Window()
     fault: Failure | None = None
     restore: Annotated[bytes, Meta(max_length=16_384)] = b""
+    waited_s: _Seconds | None = None
+    host: _Host = ""
+    restored_at: _Call = 0
 
 
 class NewEpoch(msgspec.Struct, frozen=True, array_like=True):

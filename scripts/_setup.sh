@@ -51,7 +51,8 @@ make_venv() {
 
 setup() {
   local extra=$1 source=$venv/source stamp=$venv/installed-$1 wanted
-  local -a pip=("$python" -m pip install --constraint "$root/constraints.txt")
+  # pip would compile to bytecode on one core.
+  local -a pip=("$python" -m pip install --no-compile --constraint "$root/constraints.txt")
 
   make_venv
 
@@ -65,6 +66,8 @@ setup() {
     echo "installing logsync[$extra] into .venv"
     "${pip[@]}" setuptools
     "${pip[@]}" --no-build-isolation "$source[$extra]"
+    # Some packages hold files for another Python, which do not compile.
+    "$python" -m compileall -q -j 0 "$venv"/lib/python3.*/site-packages >/dev/null || true
     echo "$wanted" >"$stamp"
   else
     # The dependencies are there; no package index is needed.

@@ -1,4 +1,4 @@
-"""Time what a training step pays between rounds: a call under a lease, and record().
+"""Time what a training step pays between rounds: a call under a lease, record() and timer().
 
     python scripts/bench_call.py [--quick] [--check]
 
@@ -69,7 +69,7 @@ def main() -> None:
             missed += report(measure(comparison, args.blocks, args.calls))
         leased.close()
     with connect(None, sinks=[], run_dir=FOLDER, transport="local") as log:
-        for comparison in (*records_of_one(log), *records_of_eight(log), updates(log)):
+        for comparison in (*records_of_one(log), *records_of_eight(log), sections(log), updates(log)):
             missed += report(measure(comparison, args.blocks, args.calls))
     if args.check and missed:
         sys.exit(f"{missed} targets missed")
@@ -254,6 +254,23 @@ def records_of_eight(log: TrainingLog) -> list[Comparison]:  # noqa: C901 - a li
         Comparison(f"record(8 floats, weight=w) / 8 x {BY_HAND}", of_floats, by_hand, share=0.25),
         Comparison(f"record(8 CPU tensors, weight=w) / 8 x {ITEM}", of_tensors, items, share=0.1),
     ]
+
+
+def sections(log: TrainingLog) -> Comparison:
+    sums = {"data": 0.0}
+
+    def ours(_: int, calls: int) -> None:
+        for _ in range(calls):
+            with log.timer("data"):
+                pass
+
+    def by_hand(_: int, calls: int) -> None:
+        d, key = sums, "data"
+        for _ in range(calls):
+            start = time.perf_counter()
+            d[key] += time.perf_counter() - start
+
+    return Comparison("with log.timer(k) / d[key] += perf_counter() - start", ours, by_hand)
 
 
 def updates(log: TrainingLog) -> Comparison:

@@ -13,7 +13,8 @@ from logsync.coordinator.errors import ConfigError
 from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
 from logsync.coordinator.host import reserve_run_dir
 from logsync.coordinator.messages import INT64_MAX, MAX_PATH, Settings
-from logsync.coordinator.sinks.base import Sink, SinkSet, SinkSpec
+from logsync.coordinator.sinks.base import Sink, SinkSpec
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.hosting import Hosting, HostPlan, Placing
 from logsync.workers.launch import choose_transport, restart_count
 from logsync.workers.training_log import TrainingLog, open_logs
@@ -110,6 +111,8 @@ def connect(
     if isinstance(found, Placing):
         host = found.place(settings.name, timeout_s=settings.timeout, warn_after_s=warn_after, plan=plan)
     else:
+        if plan is not None:
+            sink_set.load()
         host = None if plan is None else plan.host(plan.coordinator(), sinks=sink_set)
     log = TrainingLog(found, settings, host, given_run_dir=folder, warn_after_s=warn_after)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates

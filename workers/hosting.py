@@ -17,7 +17,8 @@ from logsync.coordinator.errors import Step
 from logsync.coordinator.host import Host
 from logsync.coordinator.memory import readmit, recall, remember
 from logsync.coordinator.messages import LogEntry, Settings, State, Window
-from logsync.coordinator.sinks.base import SinkSet, SinkSpec
+from logsync.coordinator.sinks.base import SinkSpec
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.transports.base import Root
 
 __all__ = ["HostPlan", "Hosted", "Hosting", "Placing", "Plan", "Recovered", "Standing"]
@@ -43,6 +44,9 @@ class Hosting(Protocol):
 
     def annotate(self, values: Mapping[str, float]) -> None:
         """Add values to the entry just made."""
+
+    def log_hyperparams(self, values: Mapping[str, object]) -> None:
+        """Have the sinks keep the run's settings."""
 
     def release(self) -> None:
         """Hand what is held to the sinks."""
@@ -105,6 +109,9 @@ class Hosted(Protocol):
     def release(self, notes: Mapping[str, float]) -> None:
         """Add `notes` to the last entry and hand what is held to the sinks."""
 
+    def hyperparams(self, values: bytes) -> None:
+        """Have the sinks keep the run's settings, a JSON object."""
+
     def loaded(self, state: State, last_entry: LogEntry | None, call: int) -> None:
         """Note that rank 0 has loaded a state."""
 
@@ -142,6 +149,7 @@ class HostPlan:
         keep_run_dir: the user chose `run_dir`.
         reserved: the folder that was made for this run.
         attempt: which start of the job this is.
+        hyperparams: the run's settings, a JSON object; empty if there are none yet.
     """
 
     settings: Settings
@@ -152,6 +160,7 @@ class HostPlan:
     reserved: Path | None
     attempt: int
     folder: str = field(default_factory=os.getcwd)  # for paths that are relative to it
+    hyperparams: bytes = b""
 
     def host(self, coordinator: Coordinator, *, sinks: SinkSet | None = None, **options: Any) -> Host:
         """Return a host for `coordinator`, with this plan's sinks if they are not given."""
@@ -179,20 +188,28 @@ class HostPlan:
         """Make the host in this process, which works for nothing else."""
         with contextlib.suppress(OSError):  # of another node: relative paths are this one's
             os.chdir(self.folder)
+        hosted = _HostedHost(self._host(recovered))
+        if self.hyperparams:
+            hosted.hyperparams(self.hyperparams)
+        return hosted
+
+    def _host(self, recovered: Recovered | None) -> Host:
+        sinks = SinkSet(self.sinks)
+        sinks.load()
         if recovered is None:
-            return _HostedHost(self.host(self.coordinator()))
+            return self.host(self.coordinator(), sinks=sinks)
         coordinator = recall(recovered.memory, self.settings, self.world_size, keep_run_dir=self.keep_run_dir)
         seqs = sorted(recovered.entries)
         oldest = recovered.entries[seqs[0]] if seqs else None
         # Where nothing was logged yet, what lies in the folder is an older run's.
-        host = self.host(coordinator, recovered=coordinator.next_seq > 0, oldest=oldest)
+        host = self.host(coordinator, sinks=sinks, recovered=coordinator.next_seq > 0, oldest=oldest)
         for seq in seqs:
             entry = recovered.entries[seq]
             notes = recovered.notes.get(seq, {})
             host.hold(msgspec.structs.replace(entry, metrics={**entry.metrics, **notes}))
             if seq <= recovered.released:
                 host.release()
-        return _HostedHost(host)
+        return host
 
 
 class _HostedHost:
@@ -223,6 +240,9 @@ class _HostedHost:
         if notes and self._host.holds_entry:
             self._host.annotate(notes)
         self._host.release()
+
+    def hyperparams(self, values: bytes) -> None:
+        self._host.log_hyperparams(msgspec.json.decode(values, type=dict[str, Any]))
 
     def loaded(self, state: State, last_entry: LogEntry | None, call: int) -> None:
         self._host.loaded(state, last_entry, call)

@@ -12,7 +12,7 @@ from logsync.coordinator.errors import ConfigError, LaunchError
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
 
-__all__ = ["Launched", "choose_transport", "launched", "restart_count"]
+__all__ = ["Launched", "choose_transport", "launched", "own_rank", "restart_count"]
 
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +70,21 @@ def restart_count(environ: Mapping[str, str] = os.environ) -> int:
     """Return how often the launcher has restarted the job; 0 if it does not say."""
     text = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0  # noqa: PLR2004 - no job restarts so often
+
+
+def own_rank(environ: Mapping[str, str] = os.environ) -> Launched | None:
+    """Return who this process is as far as can be told now, None if nothing says; never raises, never imports torch.
+
+    An initialised torch.distributed (then `launcher` is "torch.distributed") knows better than the environment:
+    processes that were spawned from one have its variables, and ranks of their own.
+    """
+    try:
+        distributed = _initialized_torch()
+        if distributed is not None:
+            return Launched("torch.distributed", distributed.get_rank(), distributed.get_world_size())
+        return launched(environ)
+    except (AttributeError, RuntimeError, ValueError):  # half imported, just destroyed, or half an environment
+        return None
 
 
 def choose_transport(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -29,8 +30,9 @@ from logsync.coordinator.messages import (
     error_of,
     failure_of,
 )
+from logsync.workers.values import begin_reading_scalars, read_scalars
 
-__all__ = ["Ledger", "counted_step"]
+__all__ = ["Ledger", "Unsure", "counted_step", "with_updates"]
 
 
 _MOST_EVENTS = 1000
@@ -71,21 +73,25 @@ class Ledger:
         "_finished",
         "_frequency_type",
         "_gap",
+        "_hooked",
+        "_last_entry",
         "_lease",
         "_left",
         "_previous",
         "_rank",
         "_restore",
+        "_restored_at",
         "_rise",
         "_round",
         "_run",
         "_sent_events",
         "_since",
         "_skipped",
+        "_stamped",
         "_state",
         "_steps",
+        "_unsure",
         "_world_size",
-        "last_entry",
     )
 
     def __init__(self, rank: int, world_size: int, *, max_lease: int, frequency_type: str) -> None:
@@ -95,8 +101,7 @@ class Ledger:
         self._run = ""
         self._round = 0
         self._state: State | None = None
-        self.last_entry: LogEntry | None = None
-        """The newest entry, the same on every rank, without what `annotate` added; None before the first."""
+        self._last_entry: LogEntry | None = None
 
         # A leased call writes its step to _steps[_left] and counts _left down to 0.
         self._left = 0
@@ -116,8 +121,12 @@ class Ledger:
 
         self._events: list[Event] = []
         self._sent_events = 0
+        self._hooked: list[tuple[int, Any]] = []  # updates that wait for their call's step; see note_update
+        self._stamped: dict[int, Step] = {}  # the steps of those calls, once they are known
+        self._unsure: Unsure | None = None  # updates of this frame that only a device knows of
         self._fault: Failure | None = None
         self._restore = b""
+        self._restored_at = 0
         self._finished = False
         self._epoch_over = False  # whether the last reply ended an epoch
         self._active: tuple[int, ...] = ()  # ranks that still made calls at the last reply, if some did not
@@ -140,6 +149,11 @@ class Ledger:
             msg = "no reply has come yet"
             raise RuntimeError(msg)
         return self._state
+
+    @property
+    def last_entry(self) -> LogEntry | None:
+        """The newest entry, the same on every rank, without what `annotate` added; None before the first."""
+        return self._last_entry
 
     def log_ready(self, current_log_step: LogStepType, check_model_update: bool = False) -> bool:  # noqa: FBT001, FBT002 - the signature of FrequencyManager
         """Say whether a log is due at `current_log_step`, with the same answer on every rank.
@@ -182,6 +196,7 @@ class Ledger:
         events, sent = self._events, self._sent_events
         if value is None:
             events[sent:] = [e for e in events[sent:] if e.kind != "update"]
+            self._hooked.clear()
         else:
             while len(events) > sent and (newest := events[-1]).kind == "update" and newest.value is not None:
                 if newest.value > value:
@@ -192,6 +207,20 @@ class Ledger:
         events.append(Event(call, "update", value))
         if len(events) - sent > _MOST_EVENTS:
             events[sent:] = _thinned(events[sent:])
+
+    def note_update(self, skipped: Any = None) -> None:
+        """Note that the model changed before the next call, and at that call's step.
+
+        Args:
+            skipped: a tensor on a device that is not 0 if it did not change after all; None if it is certain.
+        """
+        call, hooked = self.calls + 1, self._hooked
+        if hooked and hooked[-1] == (call, None):
+            return
+        if skipped is None:
+            while hooked and hooked[-1][0] == call:
+                hooked.pop()  # one is enough
+        hooked.append((call, skipped))
 
     def log_written(self, step: LogStepType = None) -> None:
         """Note that a log was written at `step`; None forgets all logs. The step just decided needs no note.
@@ -227,31 +256,69 @@ class Ledger:
         *,
         check_model_update: bool = False,
         window: Window | None = None,
+        waited_s: float | None = None,
+        host: str = "",
     ) -> bytes:
         """End the lease, count the call if it is one, and return this rank's frame for the next round."""
+        report = self._report(
+            kind, step, check_model_update=check_model_update, window=window, waited_s=waited_s, host=host
+        )
+        if self._unsure is not None:
+            unsure, self._unsure = self._unsure, None
+            self._add_updates(unsure.applied())
+            report = msgspec.structs.replace(report, events=tuple(self._events))
+        return encode(report)
+
+    def _report(
+        self,
+        kind: ReportKind,
+        step: object = None,
+        *,
+        check_model_update: bool = False,
+        window: Window | None = None,
+        waited_s: float | None = None,
+        host: str = "",
+    ) -> Report:
+        """Do so, and return the frame as a message, without the updates that only a device knows of: see `_unsure`."""
         self._settle()
         if kind == "decision":
             self._track((step,))
         counted = self._checked(step, self._calls) if kind == "write" else self._current
+        if self._stamped:
+            self._take_hooked()
         self._sent_events = len(self._events)
-        return encode(
-            Report(
-                protocol=PROTOCOL,
-                run=self._run,
-                round=self._round,
-                rank=self._rank,
-                world_size=self._world_size,
-                kind=kind,
-                call=self._calls,
-                step=counted,
-                check_model_update=bool(check_model_update),
-                rhythm=Rhythm(self._rise, self._gap, self._since, self._current, tuple(self._falls)),
-                events=tuple(self._events),
-                window=window or Window(),
-                fault=self._fault,
-                restore=self._restore,
-            )
+        return Report(
+            protocol=PROTOCOL,
+            run=self._run,
+            round=self._round,
+            rank=self._rank,
+            world_size=self._world_size,
+            kind=kind,
+            call=self._calls,
+            step=counted,
+            check_model_update=bool(check_model_update),
+            rhythm=Rhythm(self._rise, self._gap, self._since, self._current, tuple(self._falls)),
+            events=tuple(self._events),
+            window=window or Window(),
+            fault=self._fault,
+            restore=self._restore,
+            waited_s=waited_s,
+            host=host,
+            restored_at=self._restored_at,
         )
+
+    def _take_hooked(self) -> None:
+        """Turn the updates whose step is known into events, or keep them in `_unsure`."""
+        stamped, self._stamped = self._stamped, {}
+        known = [(call, stamped[call], skipped) for call, skipped in self._hooked if call in stamped]
+        self._hooked = [hooked for hooked in self._hooked if hooked[0] not in stamped]
+        self._add_updates([(call, step) for call, step, skipped in known if skipped is None])
+        unsure = [update for update in known if update[2] is not None]
+        self._unsure = Unsure(unsure) if unsure else None
+
+    def _add_updates(self, updates: Sequence[tuple[int, Step]]) -> None:
+        self._events = with_updates(self._events, updates)
+        self._sent_events = len(self._events)
 
     def _settle(self) -> None:
         """End the lease and take in the calls that were made under it."""
@@ -299,9 +366,9 @@ class Ledger:
         del self._events[:sent]
         self._rise = self._gap = None
         self._falls = []
-        self._restore = b""
+        self._restore, self._restored_at = b"", 0
         if decision.entry is not None:
-            self.last_entry = decision.entry
+            self._last_entry = decision.entry
             self._entry_call = self._calls
         if ended:
             self._enter(decision.new_epoch)
@@ -318,6 +385,7 @@ class Ledger:
         """Count one call for each of `steps` and note how the step moved."""
         call, previous, since = self._calls, self._previous, self._since
         step: Step = None
+        wanted = {hooked for hooked, _ in self._hooked}
         for raw in steps:
             call += 1
             step = raw if type(raw) is int and 0 <= raw <= INT64_MAX else self._checked(raw, call)
@@ -333,6 +401,8 @@ class Ledger:
                         self._rise = step - previous
                 since = 0
                 previous = step
+            if call in wanted:
+                self._stamped[call] = previous if step is None else step
         self._calls, self._previous, self._since, self._current = call, previous, since, step
 
     def _fell(self, call: int, step: int | float) -> None:
@@ -366,7 +436,9 @@ class Ledger:
         the calls since the checkpoint, and is marked partial.
         """
         missed = self.calls - self._entry_call
-        return {"state": encode(msgspec.structs.replace(self.state, missed=missed, entry=self.last_entry))}
+        # Without the waits, which may be long, and with which no state would be like another run's.
+        entry = None if self._last_entry is None else msgspec.structs.replace(self._last_entry, waits=None)
+        return {"state": encode(msgspec.structs.replace(self.state, missed=missed, entry=entry))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:
         """Go on where `state_dict` was taken, at any world size; call it on every rank, with the same state.
@@ -376,6 +448,7 @@ class Ledger:
 
         Raises:
             ValueError: this is not a state of logsync, or of another frequency type.
+            LogsyncError: this log makes no further rounds: its group was lost, or it is closed.
         """
         data = state_dict.get("state") if isinstance(state_dict, Mapping) else None
         if not isinstance(data, bytes):
@@ -395,10 +468,44 @@ class Ledger:
         self._falls = []
         self._since = 0
         self._events.clear()
+        self._hooked.clear()
+        self._stamped.clear()
         self._fault = None
-        self.last_entry = state.entry
-        self._state = msgspec.structs.replace(state, entry=None)
-        self._restore = encode(self._state)  # without the entry, which rank 0 has from the same checkpoint
+        self._last_entry = state.entry
+        state = msgspec.structs.replace(state, entry=None)  # which rank 0 has from the same checkpoint
+        self._restore, self._restored_at = encode(state), self._calls
+        now = self.state
+        if state.configured != now.configured:  # the root will keep what the user asks for in this start
+            state = msgspec.structs.replace(state, log_frequency=now.log_frequency, configured=now.configured)
+        self._state = state
+
+
+class Unsure:
+    """Updates that were maybe skipped: call, step and a tensor on a device that is not 0 if it was.
+
+    The tensors are copied to the host at once, in the current stream; `applied` waits for that, on any thread.
+    """
+
+    def __init__(self, updates: Sequence[tuple[int, Step, Any]]) -> None:
+        self._places = [(call, step) for call, step, _ in updates]
+        self._readings = begin_reading_scalars([skipped for _, _, skipped in updates])
+
+    def applied(self) -> list[tuple[int, Step]]:
+        """Return call and step of those that were not skipped."""
+        skipped = read_scalars(self._readings)
+        return [place for place, found in zip(self._places, skipped, strict=True) if not found]
+
+
+def with_updates(events: Sequence[Event], updates: Sequence[tuple[int, Step]]) -> list[Event]:
+    """Return `events` and, after others of their calls, those updates that can matter; both in order of calls."""
+    new: list[Event] = []
+    for call, step in updates:
+        value = 0 if step is None else step
+        while new and (new[-1].value or 0) <= value:
+            new.pop()  # earlier and not larger
+        new.append(Event(call, "update", value))
+    merged = sorted([*events, *new], key=lambda event: event.call) if new else list(events)
+    return _thinned(merged) if len(merged) > _MOST_EVENTS else merged
 
 
 def _thinned(events: list[Event]) -> list[Event]:

@@ -756,6 +756,31 @@ def _check_state(results: list[Any]) -> None:
     assert seqs == [0, 1, 2, 3, 4]
 
 
+def _check_overlapped(results: list[Any]) -> None:
+    _alike(results)
+    by_step, at_once = results[0]
+    assert by_step == at_once
+    assert [seq for seq, _, _ in by_step] == list(range(5))
+
+
+@_scenario(_check_overlapped)
+def rounds_beside_the_training_make_the_same_entries(member: Member) -> Any:
+    made = []
+    for overlapped in (True, False):
+        seen: dict[int, tuple[int, Any, dict[str, float]]] = {}
+        with member.connect(5) as log:
+            for step in range(23):
+                if overlapped or step % 3 == 1:
+                    log.log_step(step, {"x": float(step + member.rank)}, weight=1 + member.rank)
+                else:
+                    log.record({"x": float(step + member.rank)}, weight=1 + member.rank)
+                    log.log_ready(step)
+                if step % 4 == 0 and log.last_entry is not None:  # which waits for the round
+                    seen[log.last_entry.seq] = (log.last_entry.seq, log.last_entry.step, log.last_entry.metrics)
+        made.append([seen[seq] for seq in sorted(seen)])
+    return tuple(made)
+
+
 @_scenario(_check_state)
 def a_state_is_the_same_bytes_everywhere_and_continues_the_log(member: Member) -> Any:
     steps, seqs, states = [], [], []

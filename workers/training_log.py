@@ -6,6 +6,7 @@ import atexit
 import copy
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import msgspec
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import (
     AgreedError,
+    ConfigError,
     ForkedProcess,
     FrameTooLarge,
     LogClosed,
@@ -27,19 +29,26 @@ from logsync.coordinator.errors import (
     printable,
 )
 from logsync.coordinator.frequency import FrequencyType, LogStepType
+from logsync.coordinator.host import Host
 from logsync.coordinator.messages import (
+    MAX_WAIT_S,
     Decision,
     Hello,
     LogEntry,
     Settings,
+    State,
     Window,
     decode_state,
     encode,
     encode_hello,
 )
+from logsync.workers import termination
 from logsync.workers.absence import Absence
 from logsync.workers.hosting import Hosting
-from logsync.workers.ledger import Ledger
+from logsync.workers.ledger import Ledger, with_updates
+from logsync.workers.optimizers import Watch
+from logsync.workers.overlap import Flight, Outcome, Overlap
+from logsync.workers.timer import Timer, Timers
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.notes import ranks_text
@@ -50,6 +59,7 @@ __all__ = ["Stats", "TrainingLog", "open_logs"]
 
 _logger = logging.getLogger(__name__)
 
+_DEVICE_S = 2.0  # how long an exit waits for what a device still has to hand over
 _VOICES = 16  # how many ranks may warn of the same, where they cannot know of each other
 
 _open_logs: set[TrainingLog] = set()
@@ -101,6 +111,7 @@ class TrainingLog(Ledger):
         self._host = host
         self._window = OpenWindow()
         self.record: Callable[..., None] = self._window.record
+        self._timers = Timers(self._window)
         self._pid = os.getpid()
         self._detached = False
         self._unusable: LogsyncError | None = None  # why no further round can be made
@@ -109,12 +120,29 @@ class TrainingLog(Ledger):
         self._absence: Absence | None = None  # from end_epoch() to the end of the epoch on all ranks
         self._left_open = Taken.nothing()  # what this rank had recorded when it ended its epoch
         self._lock = threading.RLock()  # while it is absent, a thread of its own sends what the user says
-        self._parked = 0  # a lease set aside until the open entry is handed over
+        self._parked = 0  # a lease set aside until the next call: it hands over the open entry first
+        self._overlap = Overlap()
+        self._optimizers = Watch(self.note_update)
+        self._flight: Flight | None = None  # the round that log_step() has begun
+        self._owed: LogsyncError | None = None  # what became of it, for the next call
         self._rounds = 0
         self._bytes_sent = 0
         self._wait_s = 0.0
+        self._waited_s: float | None = None  # in the rounds since the last entry, that one's included
+        self._host_name = ascii(socket.gethostname())[1:-1][:64]  # until the root has it
 
     # -- the frequency manager's surface -----------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Where the job's logging stood at the last reply; waits for the round that is under way."""
+        self._collect()
+        return super().state
+
+    @property
+    def last_entry(self) -> LogEntry | None:  # noqa: D102 - as the base says
+        self._collect()
+        return super().last_entry
 
     @property
     def log_frequency(self) -> LogStepType:
@@ -214,6 +242,27 @@ class TrainingLog(Ledger):
         with self._lock:
             super().log_written(step)
 
+    def watch_optimizer(self, *optimizers: Any) -> None:
+        """Have `model_updated` follow from the optimizers' own steps, at the step of the next call.
+
+        Steps that a gradient scaler skips, because gradients are not finite, are no updates; where only the device
+        knows of that (fused optimizers under `torch.amp.GradScaler`), it is read with the next frame and nothing waits
+        for the device meanwhile. An update of any optimizer, on any rank, counts. Watching ends with the log, and
+        neither keeps the other alive; nothing of it is in the optimizer's state.
+
+        Args:
+            optimizers: torch's, Accelerate's, what wraps one as its `.optimizer` or `.optim`, or engines that have
+                `step()` and `was_step_applied()`, as DeepSpeed's have. One that is watched already stays so.
+
+        Raises:
+            TypeError: one is none of these; then none is watched.
+            LogClosed: the log is closed.
+        """
+        if self not in _open_logs:
+            msg = "watch_optimizer() after the log was closed"
+            raise LogClosed(msg)
+        self._optimizers.add(*optimizers)
+
     def state_dict(self) -> dict[str, bytes]:  # noqa: D102 - as the base says
         with self._lock:
             state = super().state_dict()
@@ -224,11 +273,15 @@ class TrainingLog(Ledger):
             return {"state": encode(msgspec.structs.replace(found, missed=max(1, found.missed)))}
 
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
+        self._collect()
         self._come_back()
+        if self._unusable is not None:
+            raise copy.copy(self._unusable)
         super().load_state_dict(state_dict)
         if self._host is not None:
-            self._host.loaded(self.state, self.last_entry, self.calls)
+            self._host.loaded(self.state, self._last_entry, self.calls)
         self._window.clear()
+        self._doubtful = None
         self._parked = 0
 
     def write(self, step: LogStepType, values: Mapping[str, Any] | None = None) -> LogEntry:
@@ -271,25 +324,151 @@ class TrainingLog(Ledger):
         Raises:
             TypeError, ValueError: a value is no number, or a name is bad or merged already.
         """
+        self._collect()
         if self._host is not None and self._absence is not None:
             _logger.warning("annotate(%s) came after end_epoch(), and was dropped", ", ".join(map(str, values)))
         elif self._host is not None:
             self._host.annotate({checked_name(name): single_number(name, value) for name, value in values.items()})
 
+    def log_hyperparams(self, values: Mapping[str, object]) -> None:
+        """Keep the run's settings with the destinations that have a place for them; once per run is enough.
+
+        Rank 0's are taken; on other ranks it does nothing. It never communicates and never waits. What JSON has no
+        word for becomes its text.
+
+        Raises:
+            TypeError: not a mapping with text as keys.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            msg = f"log_hyperparams() takes a mapping of names to values, given {printable(repr(values), 100)}"
+            raise TypeError(msg)
+        if self._host is not None:
+            self._host.log_hyperparams(values)
+
+    def timer(self, name: str) -> Timer:
+        """Return a context manager, or decorator, that records the seconds of a section as metric `time_s/<name>`.
+
+        The entry has the mean over all sections of the window, and /min, /max, /std and /argmax_rank of the ranks'
+        own means. **Time sections without a collective:** in one with a collective, such as a backward pass under
+        DDP, all ranks wait for the slowest, so it takes equally long everywhere. On a GPU it is the host's time.
+
+        A section that raises counts. Timers may be nested; one inside itself counts its inner seconds twice. Never
+        communicates.
+
+        Raises:
+            TypeError, ValueError: `name` cannot name a metric, or `time_s/<name>` is recorded with other reductions.
+            LogClosed: the log is closed.
+        """
+        return self._timers[name]
+
+    def log_step(
+        self, step: LogStepType, values: Mapping[str, Any] | None = None, /, *, weight: Any = 1, **named: Any
+    ) -> None:
+        """Record values and make a call, in one line, without waiting for the round.
+
+        It does what `record` and `log_ready` do, and logs at the same calls; but where a round is due, that runs on
+        the log's thread while the training goes on. Its outcome is taken at the next call of `log_ready`, `log_step`,
+        `write`, `end_epoch` or `close`, which waits for what is left of the round and raises its error, if there is
+        one; that call is then not counted, on any rank. Properties such as `last_entry` wait for it, too, so that they
+        are the same on every rank, and leave the error to the next call.
+
+        The values of a device tensor are copied to the host in its own stream, and waited for on the log's thread.
+
+        Args:
+            step: where this rank is, in units of `frequency_type`. Rank 0's decides.
+            values, weight, named: as `record` takes them, for a mean.
+
+        Raises:
+            TypeError, ValueError: a value cannot be recorded; the call counts all the same, as the others' does.
+            LogsyncError: what the round before has come to; see `log_ready`.
+            ConfigError: the log has `write="explicit"`, where whoever calls must hear whether to compute and write.
+        """
+        if self._settings.write == "explicit":
+            msg = 'log_step() does not tell whether a log is due; with write="explicit" call log_ready() and write()'
+            raise ConfigError(msg)
+        try:
+            if values is None:
+                values = named
+            elif named:
+                values = {**values, **named}
+            if values or not isinstance(values, Mapping):
+                self.record(values, weight=weight)
+        finally:
+            left = self._left
+            if left:
+                self._steps[left] = step
+                self._left = left - 1
+            else:
+                self._take_off(step)
+
+    def _take_off(self, step: object) -> None:
+        self._collect()
+        if self._goes_on_with_lease(step):
+            return
+        self._begin()
+        report = self._report("decision", step, waited_s=self._waited_s, host=self._host_name)
+        unsure, self._unsure = self._unsure, None
+        flight = Flight(report, self._window.take_later(), unsure, self._transport, self._entries_made())
+        self._flight = flight
+        self._overlap.begin(flight)
+
+    def _collect(self) -> None:
+        """Wait for the round that is under way, if there is one, and take over its outcome; its error stays owed."""
+        flight = self._flight
+        if flight is None or os.getpid() != self._pid:
+            return
+        started = time.perf_counter()
+        outcome = self._overlap.wait()  # what a signal's handler raises here leaves everything as it is
+        self._flight = None
+        self._wait_s += time.perf_counter() - started
+        try:
+            decision = self._accept(self._landed(outcome, flight))
+        except LogsyncError as error:
+            self._keep(error, flight.made, flight.taken)
+            self._events = with_updates(self._events, flight.updates)  # to be sent again
+            self._owed = error
+            return
+        except Exception as error:  # noqa: BLE001 - a device that failed, say; told at the next call
+            self._interrupted(error, flight.made, flight.taken)
+            return
+        self._rounds += 1
+        self._bytes_sent += len(flight.frame)
+        self._conclude(decision, flight.taken, flight.waited_s)
+        self._parked, self._lease, self._left = self._left or self._parked, 0, 0
+
+    def _landed(self, outcome: Outcome, flight: Flight) -> bytes:
+        if outcome.error is None:
+            return outcome.reply
+        if isinstance(outcome.error, TransportError):
+            return self._without_the_others(outcome.error, flight.frame)
+        raise outcome.error
+
     def _due(self, step: object, check_model_update: bool) -> bool:  # noqa: FBT001 - as the base has it
-        if self._parked and self._unusable is None:
-            lease, self._parked = self._parked, 0
-            self._begin()
-            self._lease = self._left = lease
-            self._steps[lease] = step
-            self._left = lease - 1
+        self._collect()
+        if self._goes_on_with_lease(step):
             return False
         self._begin()
         ready = self._make_round("decision", step, check_model_update=check_model_update).log_ready
         return ready and not self._detached
 
+    def _goes_on_with_lease(self, step: object) -> bool:
+        """Answer a call under the lease that was set aside, if there is one."""
+        if not self._parked or self._unusable is not None or self._owed is not None:
+            return False
+        lease, self._parked = self._parked, 0
+        self._begin()
+        self._lease = self._left = lease
+        self._steps[lease] = step
+        self._left = lease - 1
+        return True
+
     def _begin(self) -> None:
         """Refuse what cannot make a round, and hand over the entry that `annotate` could still add to."""
+        termination.wait_if_ending()
+        self._collect()
+        if self._owed is not None:
+            owed, self._owed = self._owed, None
+            raise owed
         if self._unusable is not None:
             raise copy.copy(self._unusable)
         if os.getpid() != self._pid:
@@ -321,31 +500,54 @@ class TrainingLog(Ledger):
     ) -> Decision:
         carries = kind != "decision" or self._settings.write == "auto" or self._detached
         taken = self._window.take() if carries else Taken.nothing()
-        frame = self._frame(kind, step, check_model_update=check_model_update, window=taken.message)
+        frame = self._frame(
+            kind,
+            step,
+            check_model_update=check_model_update,
+            window=taken.message,
+            waited_s=self._waited_s,
+            host=self._host_name,
+        )
+        waited_before = self._wait_s
         made = self._entries_made()
         try:
             decision = self._accept(self._exchange(frame, patient=kind == "closed"))
         except LogsyncError as error:
-            if isinstance(error, UnreadableReply):
-                self._unusable = error
-            if self._host is not None and isinstance(error, TransportError):
-                self._doubtful = (made, taken)  # the root may have decided before the reply was lost
-            else:
-                self._window.give_back(taken)
+            self._keep(error, made, taken)
             raise
         except BaseException as error:
-            self._doubtful = (made, taken)  # whether the root took it is not known before the end
-            self._unusable = RoundInterrupted(
-                f"round {self._round} was left half done by {type(error).__name__}; its outcome is not known here, "
-                "so this log makes no further rounds"
-            )
+            self._interrupted(error, made, taken)
             raise
+        # Nobody waits for a rank that has closed and answers in the background, and it for nobody.
+        self._conclude(decision, taken, None if kind == "closed" else self._wait_s - waited_before)
+        return decision
+
+    def _keep(self, error: LogsyncError, made: int, taken: Taken) -> None:
+        """Keep what a round that ended by `error` had taken."""
+        if isinstance(error, UnreadableReply):
+            self._unusable = error
+        if self._host is not None and isinstance(error, TransportError):
+            self._doubtful = (made, taken)  # the root may have decided before the reply was lost
+        else:
+            self._window.give_back(taken)
+
+    def _interrupted(self, error: BaseException, made: int, taken: Taken) -> None:
+        self._doubtful = (made, taken)  # whether the root took it is not known before the end
+        self._unusable = RoundInterrupted(
+            f"round {self._round} was left half done by {type(error).__name__}; its outcome is not known here, "
+            "so this log makes no further rounds"
+        )
+
+    def _conclude(self, decision: Decision, taken: Taken, waited_s: float | None) -> None:
+        """Do what follows from a reply that was accepted; `waited_s` is None where nobody waits for this rank."""
+        self._host_name = ""
+        since = 0.0 if decision.entry is not None or self._waited_s is None else self._waited_s
+        self._waited_s = None if waited_s is None else min(since + waited_s, MAX_WAIT_S)
         if decision.entry is None:
             self._window.give_back(taken)
         self._tell(decision)
         if self._host is not None and self._host.holds_entry:
             self._parked, self._lease, self._left = self._left, 0, 0
-        return decision
 
     def _entries_made(self) -> int:
         return self._host.entries_made if self._host is not None else 0
@@ -382,6 +584,7 @@ class TrainingLog(Ledger):
         refused = self._begin_in_any_case()
         self._settle()
         self._left_open = self._window.take()
+        self._waited_s = None
         self._doubtful = (self._entries_made(), self._left_open)
         self._absence = Absence(self._answer_absent)
         self._absence.start()
@@ -470,16 +673,20 @@ class TrainingLog(Ledger):
         try:
             reply = self._transport.exchange(frame, patient=patient)
         except TransportError as error:
-            if self._settings.on_failure == "raise" or self not in _open_logs:
-                if self._unusable is None:
-                    self._unusable = error
-                raise
-            reply = self._detach(error, frame)
+            reply = self._without_the_others(error, frame)
         self._rounds += 1
         self._bytes_sent += len(frame)
         if self._absence is None:
             self._wait_s += time.perf_counter() - started
         return reply
+
+    def _without_the_others(self, error: TransportError, frame: bytes) -> bytes:
+        """Return what answers a frame whose round was lost with the group, or raise `error`."""
+        if self._settings.on_failure == "raise" or self not in _open_logs:
+            if self._unusable is None:
+                self._unusable = error
+            raise error
+        return self._detach(error, frame)
 
     def _detach(self, error: TransportError, frame: bytes) -> bytes:
         """Go on alone, and return the reply to the frame of the round that was lost."""
@@ -536,6 +743,8 @@ class TrainingLog(Ledger):
         self._rounds = self._bytes_sent = 0
         self._wait_s = 0.0
         _open_logs.add(self)
+        if isinstance(self._host, Host):
+            termination.flush_at_sigterm(self._host)
 
     def __enter__(self) -> TrainingLog:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
@@ -598,9 +807,13 @@ class TrainingLog(Ledger):
         """End the log without waiting for anybody; the coordinator writes what it has."""
         if self not in _open_logs:
             return
-        _open_logs.discard(self)
         if os.getpid() != self._pid:
+            _open_logs.discard(self)
             return
+        termination.wait_if_ending()
+        _open_logs.discard(self)
+        if self._flight is not None and self._flight.is_built.wait(_DEVICE_S):
+            self._doubtful = (self._flight.made, self._flight.taken)
         if self._host is not None and not self._complete:
             try:
                 with self._lock:
@@ -625,9 +838,14 @@ class TrainingLog(Ledger):
             self._settle()
         self._parked = 0
         self.record = _refuse_to_record
+        self._timers.close()
+        self._optimizers.end()
+        self._overlap.end()
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()
+        if isinstance(self._host, Host):
+            termination.let_go(self._host)
 
 
 def open_logs() -> tuple[TrainingLog, ...]:

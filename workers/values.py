@@ -6,7 +6,7 @@ import numbers
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bank",
+    "Reading",
+    "Transfer",
+    "begin_reading",
+    "begin_reading_scalars",
     "is_device_value",
     "local_tensor",
     "plain_number",
     "quick_float",
     "read_banks",
+    "read_scalars",
     "same_device",
     "single_number",
 ]
@@ -192,14 +197,78 @@ class Bank:
         return [(value, weight) for value in values]
 
 
-def read_banks(banks: Iterable[Bank]) -> Iterator[tuple[Bank, list[tuple[float, float]]]]:
-    """Read banks as (value, weight) of each cell, with one transfer per device. Waits for the devices."""
+class Transfer(NamedTuple):
+    """A vector on its way to the host."""
+
+    values: Tensor
+    event: Any  # what to wait for before `values` may be read; None where reading them waits by itself
+
+    @classmethod
+    def of(cls, values: Tensor) -> Transfer:
+        """Begin it, in the current stream; never waits for a device."""
+        if values.device.type != "cuda":
+            return cls(values, None)
+        import torch  # noqa: PLC0415 - there is a tensor, so torch is loaded
+
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(values.device))
+        return cls(pinned, event)
+
+    def read(self) -> list[float]:
+        """Wait for it, on any thread, and return the numbers."""
+        if self.event is not None:
+            self.event.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
+
+
+class Reading(NamedTuple):
+    """Banks of one device that are on their way to the host."""
+
+    banks: list[Bank]
+    transfer: Transfer
+
+
+def begin_reading(banks: Iterable[Bank]) -> list[Reading]:
+    """Begin to read banks, with one transfer per device, in the current stream. Never waits for a device."""
     by_device: dict[Any, list[Bank]] = {}
     for bank in banks:
         by_device.setdefault(bank.device, []).append(bank)
-    for group in by_device.values():
-        import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+    return [_begin_reading(group) for group in by_device.values()]
 
-        read = iter(torch.cat([part for bank in group for part in bank.parts()]).tolist())
+
+def _begin_reading(group: list[Bank]) -> Reading:
+    import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+
+    return Reading(group, Transfer.of(torch.cat([part for bank in group for part in bank.parts()])))
+
+
+def begin_reading_scalars(scalars: Sequence[Tensor]) -> list[tuple[list[int], Transfer]]:
+    """Begin to read tensors of one element, with one transfer per device, in the current stream."""
+    import torch  # noqa: PLC0415 - there are tensors, so torch is loaded
+
+    by_device: dict[Any, list[int]] = {}
+    for place, scalar in enumerate(scalars):
+        by_device.setdefault(scalar.device, []).append(place)
+    return [
+        (places, Transfer.of(torch.stack([scalars[place].reshape(()).float() for place in places])))
+        for places in by_device.values()
+    ]
+
+
+def read_scalars(readings: Iterable[tuple[list[int], Transfer]]) -> list[float]:
+    """Return the numbers in the order in which they were given. Waits for the devices, on any thread."""
+    found = {
+        place: number for places, transfer in readings for place, number in zip(places, transfer.read(), strict=True)
+    }
+    return [found[place] for place in sorted(found)]
+
+
+def read_banks(readings: Iterable[Reading]) -> Iterator[tuple[Bank, list[tuple[float, float]]]]:
+    """Yield banks and (value, weight) of each of their cells. Waits for the devices, on any thread."""
+    for group, transfer in readings:
+        read = iter(transfer.read())
         for bank in group:
             yield bank, bank.shares(read)

@@ -7,13 +7,14 @@ when a frame is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 from logsync.coordinator.messages import MAX_NAME, RESERVED, KeySpec, Reduction, Window, encode, pack_values
 from logsync.coordinator.reduction import SPREAD
 from logsync.workers.values import (
     Bank,
+    begin_reading,
     is_device_value,
     local_tensor,
     plain_number,
@@ -195,20 +196,51 @@ class OpenWindow:
         for where, pairs in device.items():
             self._bank(where, pairs).fold([tensor for _, tensor in pairs], weighed, self._order)
 
+    def mean_with_spread(self, name: str) -> Cell:
+        """Return the cell of a mean with spread, for a caller that adds to its `value` and `weight` by itself.
+
+        Raises:
+            TypeError, ValueError: as `record` does for a bad name, or one that is used otherwise.
+        """
+        options: tuple[Reduction, Reduction, bool, bool] = ("mean", "mean", True, False)
+        name = checked_name(name)
+        cell = self._cells.get(name) or Cell(KeySpec(name, *options))
+        self._check_spec(cell, options)
+        self._register({name: cell})
+        return cell
+
     def take(self) -> Taken:
         """Empty the window into a message. Waits for the devices that hold values of it."""
-        for bank, shares in read_banks(self._banks.values()):
-            for cell, (value, weight) in zip(bank.cells, shares, strict=True):
-                cell.join(value, weight, bank.order)
+        return self.take_later()()
+
+    def take_later(self) -> Callable[[], Taken]:
+        """Empty the window without waiting for a device.
+
+        Returns:
+            What waits for the devices and makes the message; to be called once, from any thread, before the next
+            `take` or `take_later`.
+        """
+        banks = begin_reading(self._banks.values())
         self._banks.clear()
-        used = [c for c in self._cells.values() if c.used or c.weight]
-        if not used:
+        shares = {c: c.take() for c in self._cells.values() if c.used or c.weight}
+        order = list(self._cells.values()) if banks else []  # others may be added meanwhile
+
+        def taken() -> Taken:
+            for bank, values in read_banks(banks):
+                for cell, (value, weight) in zip(bank.cells, values, strict=True):
+                    shares[cell] = _joined(cell.spec, shares.get(cell), Share(value, weight, bank.order))
+            return self._message({c: shares[c] for c in order if c in shares} if banks else shares)
+
+        return taken
+
+    def _message(self, shares: dict[Cell, Share]) -> Taken:
+        if not shares:
             return Taken.nothing()
+        used = list(shares)
         if used != self._schema[0]:
             self._schema = (used, encode([c.spec for c in used]))
-        taken = [(c, c.take()) for c in used]
-        values = [number for _, share in taken for number in (share.value, share.weight)]
-        return Taken(taken, Window(self._schema[1], pack_values(values)))
+        values = [number for share in shares.values() for number in (share.value, share.weight)]
+        return Taken(list(shares.items()), Window(self._schema[1], pack_values(values)))
 
     def give_back(self, taken: Taken) -> None:
         """Undo a `take` whose frame was not accepted, beside what was recorded since."""
@@ -259,6 +291,15 @@ class OpenWindow:
         self._derived.update(derived)
         self._cells.update(new)
         self._plain.update({n: c for n, c in new.items() if c.spec == KeySpec(n)})
+
+
+def _joined(spec: KeySpec, first: Share | None, second: Share) -> Share:
+    """Return what two shares of one metric come to."""
+    cell = Cell(spec)
+    if first is not None:
+        cell.join(*first)
+    cell.join(*second)
+    return cell.take()
 
 
 def _is_weight(weight: object) -> bool:

@@ -1,24 +1,18 @@
-"""What a sink is, how one is named, and how a failing one is kept from everybody else."""
+"""What a sink is, and how one is named."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
-import logging
-import traceback
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
-import msgspec
-
 from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import LogEntry
 
-__all__ = ["RunInfo", "Sink", "SinkSet", "SinkSpec", "make_sink"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["RunInfo", "Sink", "SinkSpec", "make_sink", "name_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +29,7 @@ class RunInfo:
         run_id: names the run, the same over all its starts.
         last_entry: when resumed, the entry before `next_seq`, as it was before `annotate`. A run that was killed at
             its last log may not have stored it.
+        begun: whether this process has given entries to the sinks for this `run_dir` already.
         recovered: the root was lost and another one goes on in the same start of the job. All that is stored stays;
             entries come again, from `next_seq` on, that may be stored already. `last_entry` is the first of them.
     """
@@ -47,15 +42,39 @@ class RunInfo:
     resumed: bool
     run_id: str = ""
     last_entry: LogEntry | None = None
+    begun: bool = False
     recovered: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """Whether files that lie in `run_dir` are this run's, to be continued.
+
+        A state from before the first entry cannot tell: the run may have been killed before it had set aside what
+        another one left there.
+        """
+        return self.recovered or (self.resumed and (self.next_seq > 0 or self.begun))
+
+    def unwritten(self, newest_seq: int) -> LogEntry | None:
+        """Return the checkpoint's last entry if the run was killed before it was stored.
+
+        Args:
+            newest_seq: the last `seq` below `next_seq` that is stored, -1 if there is none.
+        """
+        last = self.last_entry
+        return last if self.resumed and last is not None and last.seq == newest_seq + 1 == self.next_seq - 1 else None
 
 
 @runtime_checkable
 class Sink(Protocol):
     """Somewhere that entries go.
 
-    Any method may raise: the failure is reported and the entry counted as lost, and neither training nor another
-    sink notices. After a failed `open` comes another `open`; after a failed `write` the next entry's `write`.
+    All methods are called on one thread, which is this sink's alone, and may take their time. Any may raise, and
+    neither training nor another sink notices: after a failed `open` comes another `open`, after an `OSError` of `write`
+    the same entry again, and after any other error the next one.
+
+    A sink may have two more methods. `load()` imports what it needs; it is called early, on rank 0's main thread.
+    `hyperparams(values)` keeps the run's settings; it is called after `open`, again after every further one, and must
+    not mind being called twice.
     """
 
     def open(self, run: RunInfo) -> None:
@@ -83,6 +102,12 @@ class _Destination(NamedTuple):
 _DESTINATIONS = {
     "console": _Destination("logsync.coordinator.sinks.console", "ConsoleSink"),
     "jsonl": _Destination("logsync.coordinator.sinks.jsonl", "JsonlSink", option="PATH"),
+    "csv": _Destination("logsync.coordinator.sinks.csv_file", "CsvSink", option="PATH"),
+    "logging": _Destination("logsync.coordinator.sinks.python_logging", "LoggingSink", option="LOGGER_NAME"),
+    "tensorboard": _Destination("logsync.coordinator.sinks.tensorboard", "TensorboardSink", option="DIR"),
+    "wandb": _Destination("logsync.coordinator.sinks.wandb", "WandbSink", option="PROJECT"),
+    "mlflow": _Destination("logsync.coordinator.sinks.mlflow", "MlflowSink", option="TRACKING_URI"),
+    "prometheus": _Destination("logsync.coordinator.sinks.prometheus", "PrometheusSink", option="PORT"),
 }
 _KNOWN = ", ".join(name + (f", {name}:{where.option}" if where.option else "") for name, where in _DESTINATIONS.items())
 
@@ -111,126 +136,6 @@ def make_sink(spec: SinkSpec) -> Sink:
         f"given {printable(repr(spec), 100)} of type {type(spec).__name__}"
     )
     raise TypeError(msg)
-
-
-class SinkSet:
-    """Several sinks, none of which can disturb training or another.
-
-    A sink that raises is reported once, with its traceback, as an ERROR of this module's logger; it is tried again
-    at the next entry, and `close` says how many entries it lost. Sinks open at the first entry, or
-    when a run is resumed.
-
-    Raises:
-        ValueError: an unknown name, a wrong option, or the same destination twice.
-        TypeError: something that is not a sink, or sinks that are not a list.
-    """
-
-    def __init__(self, sinks: Iterable[SinkSpec]) -> None:
-        if isinstance(sinks, str) or not isinstance(sinks, Iterable):
-            msg = f'sinks is a list, such as ["console", "jsonl"]; given {printable(repr(sinks), 100)}'
-            raise TypeError(msg)
-        self._run: RunInfo | None = None
-        self._guards: list[_Guard] = []
-        for spec in sinks:
-            sink, name = make_sink(spec), _name_of(spec)
-            taken = {guard.name for guard in self._guards}
-            if name in taken and isinstance(spec, str):
-                msg = f"sinks names {name!r} twice; the two would write over each other"
-                raise ValueError(msg)
-            if name in taken:
-                name = next(other for n in itertools.count(2) if (other := f"{name} ({n})") not in taken)
-            self._guards.append(_Guard(name, sink))
-
-    @property
-    def lost(self) -> dict[str, int]:
-        """How many entries each sink has lost so far; sinks that lost none are left out."""
-        return {guard.name: guard.lost for guard in self._guards if guard.lost}
-
-    def prepare(self, run: RunInfo) -> None:
-        """Say what run the entries to come belong to; open sinks are closed, to open again with this run."""
-        for guard in self._guards:
-            guard.close()
-            if run.resumed:
-                guard.open(run)
-        self._run = run
-
-    def write(self, entry: LogEntry) -> None:
-        """Hand `entry` to every sink. Never raises for a sink's failure."""
-        if self._run is None:
-            _logger.error("entry seq %d (step %s) was dropped: the sinks are closed", entry.seq, entry.step)
-            return
-        for guard in self._guards:
-            guard.write(entry, self._run)
-
-    def close(self) -> None:
-        """Flush and close the sinks, and report what each has lost; a second call does nothing."""
-        if self._run is None:
-            return
-        self._run = None
-        for guard in self._guards:
-            guard.close()
-            guard.report_lost()
-
-
-class _Guard:
-    """One sink, its failures caught and counted."""
-
-    def __init__(self, name: str, sink: Sink) -> None:
-        self.name = name
-        self.lost = 0
-        self._sink = sink
-        self._is_open = False
-        self._entries = 0
-        self._last_error = ""
-
-    def write(self, entry: LogEntry, run: RunInfo) -> None:
-        self._entries += 1
-        try:
-            self._make_open(run)
-            self._sink.write(_own_copy(entry))
-        except Exception as error:  # noqa: BLE001 - whatever a sink raises, training goes on
-            self.lost += 1
-            self._failed(error, f"entry seq {entry.seq} (step {entry.step}) is lost to it")
-
-    def open(self, run: RunInfo) -> None:
-        try:
-            self._make_open(run)
-        except Exception as error:  # noqa: BLE001 - as above
-            self._failed(error, "it could not continue the run")
-
-    def _make_open(self, run: RunInfo) -> None:
-        if not self._is_open:
-            self._sink.open(run)
-            self._is_open = True
-
-    def close(self) -> None:
-        if not self._is_open:
-            return
-        self._is_open = False
-        try:
-            self._sink.close()
-        except Exception as error:  # noqa: BLE001 - as above
-            self._failed(error, "closing it did not work, so what it had not flushed may be lost")
-
-    def report_lost(self) -> None:
-        if self.lost:
-            _logger.error(
-                "sink %s lost %d of %d entries; last error: %s", self.name, self.lost, self._entries, self._last_error
-            )
-
-    def _failed(self, error: Exception, consequence: str) -> None:
-        first = not self._last_error
-        # Text, not the exception: its traceback would keep the entry and the sink's locals alive.
-        self._last_error = printable(traceback.format_exception_only(type(error), error)[-1].strip())
-        if first:
-            _logger.error(
-                "sink %s raised %s; %s. Training and the other sinks go on; this sink is tried again at every entry, "
-                "and further errors are counted and reported at close",
-                self.name,
-                self._last_error,
-                consequence,
-                exc_info=error,
-            )
 
 
 class _CallableSink:
@@ -271,16 +176,11 @@ def _parted(spec: str) -> tuple[str, str, str]:
     return name.strip().lower(), colon, option
 
 
-def _name_of(spec: SinkSpec) -> str:
+def name_of(spec: SinkSpec) -> str:
+    """Return how messages call the sink that `spec` stands for."""
     if isinstance(spec, str):
-        return printable("".join(_parted(spec)))
+        # A server's address may hold a password.
+        return printable(re.sub("//[^/@]*@", "//", "".join(_parted(spec))))
     if isinstance(spec, Sink):
         return type(spec).__name__
     return printable(getattr(spec, "__qualname__", type(spec).__name__))
-
-
-def _own_copy(entry: LogEntry) -> LogEntry:
-    # An entry is frozen, but its dicts are not: a sink that changes them must not change another sink's.
-    return msgspec.structs.replace(
-        entry, metrics=dict(entry.metrics), ranks=dict(entry.ranks), nan_ranks=dict(entry.nan_ranks)
-    )

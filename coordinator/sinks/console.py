@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from logsync.coordinator.errors import Step, printable
+from logsync.coordinator.errors import printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.text import note, readable, readable_step
 
 __all__ = ["ConsoleSink"]
 
 _ROWS_PER_HEADER = 40
 _NARROWEST = 8
 _GAP = 2
-_RANKS_NAMED = 8
-_WHOLE = 1e12  # integers up to here are written out
-_LARGE, _HUGE = 1e3, 1e9  # between them four digits would need an exponent, so all before the point are shown
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
@@ -32,7 +32,10 @@ class ConsoleSink:
     printed as a line. In a pipe or a file every entry is one line without colours:
     `logsync train step=50 seq=1 train/loss=0.1234`.
 
-    Values have four significant digits: this is for reading. The exact numbers are in `metrics.jsonl`.
+    Where ranks waited for one of them (10 ms, and a tenth of the time between logs), the entry names it and its host.
+
+    Progress bars of tqdm on the same terminal stay below what is printed. Values have four significant digits: this
+    is for reading. The exact numbers are in `metrics.jsonl`.
     """
 
     def __init__(self) -> None:
@@ -57,8 +60,8 @@ class ConsoleSink:
         if self._console is None:
             msg = "write() on a ConsoleSink that is not open"
             raise ValueError(msg)
-        values = {printable(key): _number(value) for key, value in entry.metrics.items()}
-        cells = {"step": f"{self._name} {_step(entry.step):>6}", **values}
+        values = {printable(key): readable(value) for key, value in entry.metrics.items()}
+        cells = {"step": f"{self._name} {readable_step(entry.step):>6}", **values}
         widths = self._fitting(cells, self._console.width) if self._console.is_terminal else None
         if widths is None:
             _print(self._console, self._as_line(entry, values))
@@ -69,9 +72,9 @@ class ConsoleSink:
         _print(self._console, _row(cells, widths))
         self._seen.update(cells)
         self._rows += 1
-        note = _note(entry)
-        if note:
-            _print(self._console, Text(f"  ^ {note}", "yellow"))
+        remark = note(entry)
+        if remark:
+            _print(self._console, Text(f"  ^ {remark}", "yellow"))
 
     def close(self) -> None:
         """Flush; standard output stays open."""
@@ -93,15 +96,27 @@ class ConsoleSink:
         return None
 
     def _as_line(self, entry: LogEntry, values: dict[str, str]) -> Text:
-        line = Text(f"logsync {self._name} step={_step(entry.step)} seq={entry.seq}")
+        line = Text(f"logsync {self._name} step={readable_step(entry.step)} seq={entry.seq}")
         for key, value in values.items():
             line.append(f" {key}=").append(value, _style(value))
-        note = _note(entry)
-        return line.append(f" ({note})") if note else line
+        remark = note(entry)
+        return line.append(f" ({remark})") if remark else line
 
 
 def _print(console: Console, text: Text) -> None:
-    console.print(text, soft_wrap=True)  # rich would fold at 80 columns where there is no terminal
+    with _bars_out_of_the_way(console):
+        console.print(text, soft_wrap=True)  # rich would fold at 80 columns where there is no terminal
+
+
+@contextlib.contextmanager
+def _bars_out_of_the_way(console: Console) -> Iterator[None]:
+    """Have the progress bars of tqdm, if the script draws some, make room on a terminal and come again below."""
+    tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if not console.is_terminal or not getattr(tqdm, "_instances", None):
+        yield
+        return
+    with tqdm.external_write_mode(file=console.file):
+        yield
 
 
 def _row(cells: dict[str, str], widths: dict[str, int], style: str = "") -> Text:
@@ -114,31 +129,3 @@ def _row(cells: dict[str, str], widths: dict[str, int], style: str = "") -> Text
 
 def _style(value: str) -> str:
     return "red" if value in _NOT_FINITE else ""
-
-
-def _number(value: float) -> str:
-    """Return `value` with four significant digits, whole numbers whole."""
-    if not math.isfinite(value):
-        return str(value)
-    size = abs(value)
-    if size < _WHOLE and value == int(value):
-        return str(int(value))
-    return f"{value:.0f}" if _LARGE <= size < _HUGE else f"{value:.4g}"
-
-
-def _step(step: Step) -> str:
-    if step is None:
-        return "-"
-    return str(step) if isinstance(step, int) else f"{step:.6g}"
-
-
-def _note(entry: LogEntry) -> str:
-    """Return what a reader must know about `entry` beside its values, or nothing."""
-    notes = [f"partial, from {entry.calls} calls"] if entry.partial else []
-    keys_of: dict[tuple[int, ...], list[str]] = {}
-    for key, ranks in entry.nan_ranks.items():
-        keys_of.setdefault(ranks, []).append(printable(key))
-    for ranks, keys in keys_of.items():
-        named = ", ".join(map(str, ranks[:_RANKS_NAMED])) + (", ..." if len(ranks) > _RANKS_NAMED else "")
-        notes.append(f"not finite because of rank{'s' * (len(ranks) > 1)} {named}: {', '.join(keys)}")
-    return "; ".join(notes)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import os
-import stat
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from logsync.coordinator.errors import printable
-from logsync.coordinator.messages import INT64_MAX, LogEntry
+from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.files import Appender, Record, absolute, open_for, replace
 
 __all__ = ["JsonlSink"]
-
-_logger = logging.getLogger(__name__)
 
 
 class JsonlSink:
@@ -33,6 +27,7 @@ class JsonlSink:
         nonfinite         "nan", "inf" or "-inf" for each metric that is one: JSON has no such numbers, so the metric
                           itself is null
         nan_ranks         which ranks made a metric NaN or infinite
+        waits             which rank was slow, and how long others waited for it: the fields of `Waits`
 
     Floats come back exactly as they were. Every line is in the kernel's hands when `write` returns, and on the disk
     after `close`. A write that fails half-way (a full disk) is taken back.
@@ -40,85 +35,59 @@ class JsonlSink:
     A resumed run continues the file: entries from its first `seq` on are cut off, and so is a torn last line; the
     checkpoint's last entry is added where the run was killed before it was written. A run
     that is not resumed never touches what it finds: the old file is renamed to `metrics.jsonl.1`, or the next free
-    number.
+    number. So does a run that goes on from before its first entry. Hyperparameters go to `hyperparams.json` beside it,
+    which is renamed with it.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        # Made absolute now: training scripts change their directory.
-        self._path = None if path is None else Path(path).expanduser().absolute()
-        self._file: io.FileIO | None = None
-        self._torn_at: int | None = None
-        self._stored = -1  # the last seq that was there already, when the root was recovered
+        self._path = absolute(path)
+        self._file: Appender | None = None
+        self._hyperparams: Path | None = None
+        self._stored = -1  # the last seq that was there already when the root was recovered
 
     def open(self, run: RunInfo) -> None:
         """Make the folder, continue the file or set it aside, and open it for appending."""
         path = run.run_dir / "metrics.jsonl" if self._path is None else self._path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        newest = -1
-        if path.is_file() and path.stat().st_size:
-            if not run.resumed or _is_anothers(path, run):
-                _set_aside(path)
-            else:
-                newest = _cut_back(path, INT64_MAX if run.recovered else run.next_seq)
-        # Unbuffered: one write() per line, and nothing left that a later flush or close could fail to write.
-        self._file = path.open("ab", buffering=0)
-        self._torn_at = None
-        self._stored = newest if run.recovered else -1
-        if run.recovered:
-            _tell_gap(path, newest, run.next_seq)
-        elif newest + 2 == run.next_seq and run.last_entry is not None and run.last_entry.seq == newest + 1:
-            self.write(run.last_entry)
-        elif newest >= 0:
-            _tell_gap(path, newest, run.next_seq)
+        hyperparams = path.with_name("hyperparams.json")
+        self._file = open_for(run, path, _records, hyperparams, keeps_all=run.recovered)
+        self._stored = self._file.newest_seq if run.recovered else -1
+        missing = self._file.missing_entry(run)
+        if missing is not None:
+            self.write(missing)
+        self._hyperparams = hyperparams if self._file.is_regular else None
+
+    def hyperparams(self, values: Mapping[str, object]) -> None:
+        """Write them to `hyperparams.json`; what JSON has no word for becomes its text."""
+        if self._hyperparams is not None:  # a pipe has no folder
+            encoded = msgspec.json.encode(values, enc_hook=str)
+            replace(self._hyperparams, msgspec.json.format(encoded, indent=2) + b"\n")
 
     def write(self, entry: LogEntry) -> None:
-        """Append one line; if that fails, leave the file as it was."""
+        """Append one line, if it is not there yet; if that fails, leave the file as it was."""
         if self._file is None:
             msg = "write() on a JsonlSink that is not open"
             raise ValueError(msg)
-        if entry.seq <= self._stored:
-            return
-        self._take_back_torn_line(self._file)
-        line = _line(entry)
-        start = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(line)
-        try:
-            while rest:  # a full disk takes a part and says why only when asked for the rest
-                rest = rest[self._file.write(rest) :]
-        except BaseException:
-            if start < os.fstat(self._file.fileno()).st_size < start + len(line):
-                self._torn_at = start
-                with contextlib.suppress(OSError):  # then the next write or close tries again
-                    self._take_back_torn_line(self._file)
-            raise
+        if entry.seq > self._stored:
+            self._file.append(_line(entry))
 
     def close(self) -> None:
         """Bring the file to the disk and close it; a second call does nothing."""
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        with file:
-            self._take_back_torn_line(file)
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe cannot be synced
-                os.fsync(file.fileno())
-
-    def _take_back_torn_line(self, file: io.FileIO) -> None:
-        if self._torn_at is not None:
-            file.truncate(self._torn_at)
-            self._torn_at = None
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
 
 class _Head(msgspec.Struct):
     seq: int
+    # Read apart: a line whose time is no number still has its seq.
+    time: msgspec.Raw = msgspec.Raw()
+    attempt: msgspec.Raw = msgspec.Raw()
 
 
-class _Begun(msgspec.Struct):
-    seq: int
-    time: float
-
-
+_Value = TypeVar("_Value")
 _head = msgspec.json.Decoder(_Head)
-_begun = msgspec.json.Decoder(_Begun)
+_time = msgspec.json.Decoder(float)
+_attempt = msgspec.json.Decoder(int)
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -140,73 +109,32 @@ def _line(entry: LogEntry) -> bytes:
         record["nonfinite"] = nonfinite
     if entry.nan_ranks:
         record["nan_ranks"] = entry.nan_ranks
+    if entry.waits is not None:
+        record["waits"] = entry.waits
     return msgspec.json.encode(record) + b"\n"
 
 
-def _is_anothers(path: Path, run: RunInfo) -> bool:
-    """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
-    if run.last_entry is None or run.last_entry.seq or run.next_seq > 1:
-        return False
-    with path.open("rb") as file, contextlib.suppress(*_NOT_JSON):
-        first = _begun.decode(file.readline())
-        return first.seq == 0 and first.time != run.last_entry.time
-    return False
-
-
-def _tell_gap(path: Path, newest: int, next_seq: int) -> None:
-    if newest < next_seq - 1:
-        _logger.warning(
-            "%s ends at seq %d and is continued at seq %d: what lies between was never written",
-            path,
-            newest,
-            next_seq,
-        )
-
-
-def _cut_back(path: Path, next_seq: int) -> int:
-    """Leave in the file the lines before the first with a `seq` of `next_seq` or more, and no torn one.
-
-    Returns:
-        The last `seq` that is left, -1 if there is none.
-    """
-    with path.open("r+b") as file:
-        keep, torn, strangers, newest = _lines_to_keep(file, next_seq)
-        if keep < file.seek(0, os.SEEK_END):
-            file.truncate(keep)
-            _logger.info("cut %s back to %d bytes, to continue it at seq %d", path, keep, next_seq)
-        file.seek(max(keep - 1, 0))
-        if file.read(1) not in {b"", b"\n"}:  # killed between a line and its end
-            file.write(b"\n")
-    if torn:
-        _logger.warning("dropped the torn last line of %s: %s", path, printable(repr(torn), 100))
-    if strangers > 0:
-        _logger.warning("%s has %d lines that are no entries of logsync; they are kept as they are", path, strangers)
-    return newest
-
-
-def _lines_to_keep(lines: Iterable[bytes], next_seq: int) -> tuple[int, bytes, int, int]:
-    """Return how many bytes to keep, the torn last line if there is one, how many have no `seq`, and the last `seq`."""
-    keep = strangers = 0
-    newest = -1
-    last = b""
-    for line in lines:
-        seq = _seq_of(line)
-        if seq is not None and seq >= next_seq:
-            return keep, b"", strangers, newest
-        keep += len(line)
-        if seq is None:
-            strangers += 1
+def _records(file: BinaryIO) -> Iterator[Record]:
+    for line in file:
+        head = _head_of(line)
+        whole = _parses(line)  # what comes behind the head may be garbage all the same
+        if head is None:
+            yield Record(line, None, whole=whole)
         else:
-            newest = seq
-        last = line
-    if last and not _parses(last):
-        return keep - len(last), last, strangers - 1, newest
-    return keep, b"", strangers, newest
+            time, attempt = _read(_time, head.time), _read(_attempt, head.attempt)
+            yield Record(line, head.seq, whole=whole, time=time, attempt=attempt)
 
 
-def _seq_of(line: bytes) -> int | None:
+def _head_of(line: bytes) -> _Head | None:
     try:
-        return _head.decode(line).seq
+        return _head.decode(line)
+    except _NOT_JSON:
+        return None
+
+
+def _read(decoder: msgspec.json.Decoder[_Value], data: msgspec.Raw) -> _Value | None:
+    try:
+        return decoder.decode(data)
     except _NOT_JSON:
         return None
 
@@ -217,16 +145,3 @@ def _parses(line: bytes) -> bool:
     except _NOT_JSON:
         return False
     return True
-
-
-def _set_aside(path: Path) -> None:
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.{number}")):
-        number += 1
-    path.rename(aside)
-    _logger.warning(
-        "%s held a log that this run does not continue; it is now %s. To continue a log, give the state of its "
-        "checkpoint to load_state_dict() before the first log_ready()",
-        path,
-        aside,
-    )

@@ -39,7 +39,7 @@ def loss_of(item: int) -> float:
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=plan["joins_within_s"]))
     with connect(FREQUENCY, run_dir=plan["run_dir"], sinks=["jsonl"], timeout=20) as log:
         train(log, plan)
     dist.destroy_process_group()

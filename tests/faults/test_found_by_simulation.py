@@ -8,7 +8,8 @@ from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import PeerLost
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry, Settings
-from logsync.coordinator.sinks.base import RunInfo, SinkSet
+from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.training_log import TrainingLog
 from logsync.workers.transports.base import Position
 from logsync.workers.transports.base import Root as RootFunction

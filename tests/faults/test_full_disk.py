@@ -76,12 +76,9 @@ def log_over_a_full_disk(this: FaultJob, fill: Callable[[], None], empty: Callab
         done = this.wait(rank, "done", "failed")
         assert (done["event"], done["step"]) == ("done", 249)
     assert this.release() == {0: 0, 1: 0, 2: 0}
-    steps = [entry["step"] for entry in this.entries()]
-    assert steps == sorted(set(steps))
-    assert steps[:49] == list(range(49))
-    assert steps[-49:] == list(range(201, 250))
-    assert len(steps) < 200
-    first, *_, last = [str(event["text"]) for event in this.events(0, "warning") if event["level"] == "ERROR"]
-    assert "sink jsonl raised OSError" in first
-    assert f"sink jsonl lost {250 - len(steps)} of 250 entries" in last
-    return first
+    assert [entry["step"] for entry in this.entries()] == list(range(250))  # they have waited
+    told = [str(event["text"]) for event in this.events(0, "warning") if "sink jsonl" in event["text"]]
+    assert "sink jsonl raised OSError" in told[0]
+    assert "waits, and is tried again after a while" in told[0]
+    assert told[1] == "sink jsonl works again; it has lost 0 entries so far"
+    return told[0]

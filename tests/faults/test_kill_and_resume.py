@@ -53,7 +53,7 @@ class Job:
     def run(self, *, nproc: int = 2, max_restarts: int = 0, own_store: bool = True, **plan: Any) -> Ran:
         """Start it under torchrun; what is left out of the plan (see the script) does not happen."""
         paths = {"run_dir": str(self.run_dir), "checkpoint": str(self.folder / "checkpoint.pt")}
-        nothing = {"kills": [], "savers": [], "dies_at": [], "checkpoint_every": 1}
+        nothing = {"kills": [], "savers": [], "dies_at": [], "checkpoint_every": 1, "joins_within_s": 20}
         self.folder.mkdir(exist_ok=True)
         (self.folder / "plan.json").write_text(json.dumps({**paths, **nothing, **plan}))
         return torchrun(
@@ -71,7 +71,7 @@ class Job:
         assert (self.run_dir / "metrics.jsonl").read_text().endswith("\n")
         logged = entries(self.run_dir)
         assert [entry["seq"] for entry in logged] == list(range(len(logged))), self.told()
-        content = [{key: value for key, value in e.items() if key not in ("time", "attempt")} for e in logged]
+        content = [{key: value for key, value in e.items() if key not in ("time", "attempt", "waits")} for e in logged]
         assert content == uninterrupted(), self.told()
         attempts = [entry["attempt"] for entry in logged]
         assert all(a <= b for a, b in itertools.pairwise(attempts)), attempts
@@ -92,7 +92,7 @@ def drawn_kills(dice: random.Random, count: int) -> list[list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     "count",
     [
-        pytest.param(4, id="some", marks=pytest.mark.timeout(110)),
+        pytest.param(2, id="some", marks=pytest.mark.timeout(110)),
         pytest.param(KILLS, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(120 + 30 * KILLS)]),
     ],
 )
@@ -150,7 +150,9 @@ def test_a_restart_that_finds_its_predecessors_addresses_fails_and_connect_says_
     # Which group meets them first, the job's in init_process_group or ours in connect, is a race.
     for number in range(8):
         job = Job(tmp_path / f"job{number}")
-        ran = job.run(own_store=False, max_restarts=1, kills=drawn_kills(drawn(f"addresses {number}"), 1))
+        kills = drawn_kills(drawn(f"addresses {number}"), 1)
+        # gloo's own tries to join take up to five times as long, now and then.
+        ran = job.run(own_store=False, max_restarts=1, kills=kills, joins_within_s=4)
         if ran.returncode != 0 and "CollectiveSetupError" in ran.output:
             break
     assert re.search(

@@ -15,7 +15,7 @@ def test_bench_call_measures_every_row_under_a_lease_and_writes_no_file(tmp_path
     job.assert_clean()
 
     rows = re.findall(r" / .* (\d+\.\d+) +\d+\.\d+ - \d+\.\d+ ", job.output)
-    assert len(rows) == 11, job.output
+    assert len(rows) == 12, job.output
     assert all(float(ratio) > 0 for ratio in rows)
     assert len(re.findall(r" (?:met|MISSED) ", job.output)) == 5, job.output
     assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]

@@ -38,12 +38,18 @@ def test_digits_log_at_the_same_steps_on_two_ranks_and_alone_with_a_resume_betwe
         assert accuracy(job) == pytest.approx(100 * entries(run_dir)[-1]["eval/accuracy"], abs=0.051)
 
 
-def test_the_example_of_the_readme_runs_and_logs_as_it_stands(tmp_path: Path) -> None:
-    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_examples_of_the_readme_run_as_they_stand(tmp_path: Path, number: int) -> None:
     script = tmp_path / "example.py"
-    script.write_text(examples[0])
+    script.write_text(EXAMPLES[number])
     job = plain_python(script, folder=tmp_path)
     job.assert_clean()
 
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert [entry["step"] for entry in entries(run_dir)] == [0, 50, 100, 150, 199]
+    if number == 0:
+        (run_dir,) = (tmp_path / "runs").iterdir()
+        assert [entry["step"] for entry in entries(run_dir)] == [0, 50, 100, 150, 199]
+    if "runs/timer-example" in EXAMPLES[number]:
+        assert all(entry["time_s/data"] >= 0.001 for entry in entries(tmp_path / "runs" / "timer-example"))

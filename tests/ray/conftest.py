@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -9,15 +8,10 @@ from support.ray_world import RayWorld, running_ray
 
 
 @pytest.fixture(scope="session")
-def ray_folder() -> Iterator[Path]:
-    """The folder of a Ray that runs for all tests of this process."""
-    with running_ray() as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def worlds(ray_folder: Path) -> dict[int, RayWorld]:  # noqa: ARG001 - it is Ray's, which runs
-    return {size: RayWorld(size) for size in (1, 2, 3)}
+def worlds() -> Iterator[dict[int, RayWorld]]:
+    """Worlds of some sizes on a Ray that runs for all tests of this process."""
+    with running_ray():
+        yield {size: RayWorld(size) for size in (1, 2, 3)}
 
 
 @pytest.fixture

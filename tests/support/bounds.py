@@ -19,6 +19,7 @@ from logsync.coordinator.messages import (
     Rhythm,
     Settings,
     State,
+    Waits,
     Window,
 )
 from logsync.workers.transports.notes import Note, Verdict
@@ -32,6 +33,10 @@ INT64 = 2**63 - 1
 
 def _int(value: object, least: int = 0, most: int = INT64) -> bool:
     return type(value) is int and least <= value <= most
+
+
+def _call(value: object) -> bool:
+    return _int(value, 0, 2**61)
 
 
 def _count(value: object) -> bool:
@@ -56,6 +61,10 @@ def _number(value: object) -> bool:
 
 def _float(value: object) -> bool:
     return type(value) is float
+
+
+def _seconds(value: object) -> bool:
+    return type(value) is float and 0 <= value <= 1e9
 
 
 def _flag(value: object) -> bool:
@@ -106,7 +115,11 @@ BOUNDS: dict[type, dict[str, Rule]] = {
     LogEntry: {
         "seq": _int, "step": _step, "time": _float, "attempt": _int, "calls": _int, "world_size": _world,
         "metrics": _by_metric(_float), "ranks": _by_metric(_int), "nan_ranks": _by_metric(_many(_rank, 16)),
-        "partial": _flag,
+        "partial": _flag, "waits": _maybe(_a(Waits)),
+    },
+    Waits: {
+        "slowest": _rank, "least_s": _seconds, "most_s": _seconds, "interval_s": _seconds, "host": _text(128),
+        "lag": _number, "behind": _rank, "each_ms": _many(lambda value: _int(value, -1, 10**12), 4096),
     },
     KeySpec: {"name": _text(256, 1), "reduce": _folds, "across": _folds, "spread": _flag, "per_rank": _flag},
     Window: {"schema": _blob(2**24), "values": _blob(2**24)},
@@ -126,10 +139,10 @@ BOUNDS: dict[type, dict[str, Rule]] = {
     NewEpoch: {"call": _count, "missed": _count},
     Report: {
         "protocol": _int, "run": _text(32), "round": _int, "rank": _rank, "world_size": _world,
-        "kind": _one_of("decision", "write", "ended", "closed"), "call": _int, "step": _step,
+        "kind": _one_of("decision", "write", "ended", "closed"), "call": _call, "step": _step,
         "check_model_update": _flag, "rhythm": _a(Rhythm), "events": _many(_a(Event), 65_536),
         "window": _a(Window), "fault": _maybe(_a(Failure)),
-        "restore": _blob(16_384),
+        "restore": _blob(16_384), "waited_s": _maybe(_seconds), "host": _text(64), "restored_at": _call,
     },
     Decision: {
         "protocol": _int, "run": _text(32), "round": _int, "log_ready": _flag, "lease": _int, "state": _a(State),

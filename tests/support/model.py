@@ -22,11 +22,13 @@ __all__ = ["Desk", "Model", "Root"]
 
 _SCHEMA = encode([KeySpec("x", "sum", "sum", per_rank=True)])
 _LISTS = ("_steps", "_falls", "_events")
-_KEPT = tuple(name for name in Ledger.__slots__ if name != "last_entry" and name not in _LISTS)
+_UNUSED = ("_last_entry", "_hooked", "_stamped", "_unsure")  # nobody watches an optimizer here
+_KEPT = tuple(name for name in Ledger.__slots__ if name not in (*_UNUSED, *_LISTS))
 _ENDED = frozenset(("done", "failed", "dead"))
 
 Frozen = tuple[Hashable, ...]
 _SKIPPED = "skipped"
+_APART = ("frequency_manager", "_cadence", "_steps", "_hosts")  # kept in another way; no frame names a host here
 _SAID = ("update", "frequency")
 
 
@@ -339,7 +341,7 @@ class Model:
 
     def _freeze_coordinator(self) -> Frozen:
         coordinator = self._coordinator
-        held = {n: v for n, v in vars(coordinator).items() if n not in ("frequency_manager", "_cadence", "_steps")}
+        held = {n: v for n, v in vars(coordinator).items() if n not in _APART}
         return (
             tuple(held.items()),
             tuple(vars(coordinator.frequency_manager).items()),
@@ -431,4 +433,4 @@ def _thaw(ledger: Ledger, frozen: Frozen) -> None:
         setattr(ledger, name, value)
     for name, value in zip(_LISTS, frozen[len(_KEPT) :], strict=True):
         setattr(ledger, name, list(value))  # type: ignore[call-overload]
-    ledger.last_entry = None
+    ledger._last_entry = None

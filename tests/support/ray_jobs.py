@@ -6,16 +6,29 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from logsync.coordinator.sinks.base import SinkSpec
 from logsync.workers import connect
 from logsync.workers.transports.ray_actor import RayTransport
+from support.ray_world import RayWorld
 
-__all__ = ["Trained", "check_file", "coordinator", "coordinator_pid", "kill_actor", "kill_process", "lines", "train"]
+__all__ = [
+    "Trained",
+    "check_file",
+    "coordinator",
+    "kill_actor",
+    "kill_for_good",
+    "kill_process",
+    "lines",
+    "start",
+    "train",
+    "wait_for_line",
+]
 
 Trained = tuple[list[int], dict[int, dict[str, float]]]
 
@@ -29,11 +42,12 @@ def train(  # noqa: PLR0917 - an actor's call takes no keywords here
     name: str = "train",
     every: int = 3,
     node_id: str | None = None,
+    sink: SinkSpec = "jsonl",
 ) -> Trained:
     """Train so many steps; returns the steps that logged, and every entry's values as this rank saw them."""
     logged: list[int] = []
     seen: dict[int, dict[str, float]] = {}
-    options: dict[str, Any] = {"run_dir": run_dir, "sinks": ["jsonl"], "timeout": 60.0, "name": name}
+    options: dict[str, Any] = {"run_dir": run_dir, "sinks": [sink], "timeout": 60.0, "name": name}
     transport = RayTransport(rank, world_size, node_id=node_id)
     with connect(every, transport=transport, **options) as log:
         for step in range(steps):
@@ -46,6 +60,21 @@ def train(  # noqa: PLR0917 - an actor's call takes no keywords here
                 seen[log.last_entry.seq] = log.last_entry.metrics
                 log.annotate({"lr": 1.0 / (step + 1)})
     return logged, seen
+
+
+def start(world: RayWorld, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Have every rank of a world call a function; returns Ray's references."""
+    return [rank.call.remote(function, *arguments) for rank in world.ranks]
+
+
+def wait_for_line(run_dir: Path, number: int, tasks: list[Any]) -> None:
+    """Wait until so many entries are written."""
+    deadline = time.monotonic() + 30
+    path = run_dir / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert time.monotonic() < deadline, "the log does not grow"
+        ended_early = ray.wait(tasks, timeout=0.01)[0]
+        assert not ended_early, ray.get(ended_early)
 
 
 def check_file(run_dir: Path, found: list[Trained], steps: int, every: int = 3) -> None:
@@ -80,52 +109,24 @@ def coordinator(name: str = "train") -> Any:
             time.sleep(0.05)
 
 
-def kill_actor(_: Path, name: str = "train") -> None:
+def kill_actor(name: str = "train") -> None:
     """Kill the actor by Ray, which starts it again."""
     ray.kill(coordinator(name), no_restart=False)
 
 
-def kill_for_good(_: Path, name: str = "train") -> None:
+def kill_for_good(name: str = "train") -> None:
     """Kill the actor by Ray, which does not start it again: the ranks do."""
     ray.kill(coordinator(name), no_restart=True)
 
 
-def kill_process(folder: Path, name: str = "train") -> None:
+def kill_process(name: str = "train") -> None:
     """SIGKILL the actor's process."""
-    coordinator(name)
-    os.kill(coordinator_pid(folder), signal.SIGKILL)
-
-
-def coordinator_pid(folder: Path) -> int:
-    """Return the pid of the one coordinator's actor of the Ray in `folder`, waiting for it to come up."""
     deadline = time.monotonic() + 30
     while True:
-        found = [
-            pid for pid in _processes() if _title(pid).startswith("ray::LogsyncCoordinator") and _is_of(pid, folder)
-        ]
-        if len(found) == 1:
-            return found[0]
-        assert time.monotonic() < deadline, f"there are {len(found)} coordinators"
-        time.sleep(0.05)
-
-
-def _processes() -> Iterator[int]:
-    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _is_of(pid: int, folder: Path) -> bool:
-    try:
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return False
-    return str(folder) in _title(parent)
-
-
-Kill = Callable[..., None]
+        try:
+            pid = ray.get(coordinator(name).__ray_call__.remote(lambda _: os.getpid()), timeout=10)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # it is being started again
+            assert time.monotonic() < deadline, "the coordinator's actor did not come up"
+            continue
+        os.kill(pid, signal.SIGKILL)
+        return

@@ -131,6 +131,9 @@ class BareRoot:
     def release(self, notes: Mapping[str, float]) -> None:
         pass
 
+    def hyperparams(self, values: bytes) -> None:
+        pass
+
     def loaded(self, *_: object) -> None:
         pass
 

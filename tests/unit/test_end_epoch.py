@@ -8,15 +8,15 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
 from logsync.coordinator.errors import AgreedError, BadType, BadValue, PeerFailed, RoundTimeout
 from logsync.coordinator.frequency import FrequencyManager
 from logsync.coordinator.messages import LogEntry, decode_state
-from logsync.workers import TrainingLog, connect
-from logsync.workers.transports.threads import ThreadWorld
+from logsync.workers import TrainingLog
+from support.thread_job import Job
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -24,44 +24,6 @@ T = TypeVar("T")
 EPOCH = 100  # steps from one epoch's first step to the next one's
 DEADLINE_S = 20.0
 GONE = ArithmeticError("the loss is gone")
-
-
-class Job:
-    """Ranks as threads, and the entries of their log."""
-
-    def __init__(self, world_size: int, frequency: float | None, *, timeout: float = 20.0, **options: Any) -> None:
-        self.world_size = world_size
-        self.entries: list[LogEntry] = []
-        self._world = ThreadWorld(world_size, timeout_s=timeout)
-        self._frequency = frequency
-        self._options = options
-
-    def connect(self, rank: int) -> TrainingLog:
-        transport = self._world.transports[rank]
-        return connect(self._frequency, transport=transport, sinks=[self.entries.append], **self._options)
-
-    def play(self, train: Callable[[TrainingLog], T]) -> list[T]:
-        """Have every rank train; returns what they returned, or raised, by rank."""
-        results: list[Any] = [None] * self.world_size
-
-        def be(rank: int) -> None:
-            try:
-                with self.connect(rank) as log:
-                    results[rank] = train(log)
-            except Exception as error:  # noqa: BLE001 - the test looks at it
-                results[rank] = error
-
-        threads = [threading.Thread(target=be, args=(rank,), daemon=True) for rank in range(self.world_size)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + DEADLINE_S
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        assert not [t for t in threads if t.is_alive()], "a rank hangs"
-        return results
-
-    def total(self, name: str) -> float:
-        return sum(entry.metrics.get(name, 0.0) for entry in self.entries)
 
 
 def said_by(log: TrainingLog, step: int) -> str:

@@ -13,7 +13,8 @@ import pytest
 from logsync.coordinator.errors import LogsyncError
 from logsync.coordinator.host import Host, reserve_run_dir
 from logsync.coordinator.messages import Decision, KeySpec, LogEntry, Window, encode, pack_values
-from logsync.coordinator.sinks.base import RunInfo, SinkSet
+from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 from support.lockstep import Lockstep, settings
 
 
@@ -43,9 +44,14 @@ class Driven:
         world = Lockstep(1, settings(10))
         world.coordinator.run_dir = run_dir
         self.rank = world.ranks[0]
-        self.host = Host(
-            world.coordinator, SinkSet([self.sink, *sinks]), name="val", world_size=1, clock=lambda: 1234.5, **options
-        )
+        self.sinks = SinkSet([self.sink, *sinks])
+        self.host = Host(world.coordinator, self.sinks, name="val", world_size=1, clock=lambda: 1234.5, **options)
+
+    @property
+    def stored(self) -> list[LogEntry]:
+        """What the sink has, once it has what it was given."""
+        assert self.sinks.flush()
+        return self.sink.entries
 
     def round(self, step: object, kind: Any = "decision", **metrics: float) -> Decision:
         keys = [KeySpec(name) for name in metrics]
@@ -67,7 +73,7 @@ def test_an_entry_is_held_until_it_is_released_and_then_handed_over_once(driven:
     driven.host.release()
 
     assert not driven.host.holds_entry
-    (entry,) = driven.sink.entries
+    (entry,) = driven.stored
     assert (entry.seq, entry.step, entry.time, entry.metrics) == (0, 0, 1234.5, {"loss": 1.0})
 
 
@@ -130,6 +136,7 @@ def test_an_annotation_without_an_entry_is_dropped_with_a_warning(
 def test_sinks_are_told_of_the_run(driven: Driven) -> None:
     driven.round(0)
     driven.host.release()
+    assert driven.stored
 
     run = RunInfo(Path("unused"), "val", attempt=0, world_size=1, next_seq=0, resumed=False, run_id="run")
     assert driven.sink.runs == [run]
@@ -211,7 +218,7 @@ def test_leaving_hands_over_what_is_held_and_then_ones_own_window_as_partial(dri
 
     driven.host.leave(0, lambda _: Window(encode([KeySpec("loss")]), pack_values([6.0, 2.0])), 7, 8)
 
-    assert [(e.seq, e.step, e.metrics, e.partial) for e in driven.sink.entries] == [
+    assert [(e.seq, e.step, e.metrics, e.partial) for e in driven.stored] == [
         (0, 0, {"loss": 1.0}, False),
         (1, 7, {"loss": 3.0}, True),
     ]
@@ -221,7 +228,7 @@ def test_leaving_with_an_empty_window_writes_no_entry(driven: Driven) -> None:
     driven.round(0)
     driven.host.leave(0, lambda _: Window(), 7, 8)
 
-    assert [entry.seq for entry in driven.sink.entries] == [0]
+    assert [entry.seq for entry in driven.stored] == [0]
 
 
 # The folder

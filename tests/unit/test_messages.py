@@ -18,8 +18,10 @@ from logsync.coordinator.errors import ProtocolError
 from logsync.coordinator.messages import (
     HELLO_SIZE,
     INT64_MAX,
+    MAX_CALL,
     MAX_FRAME,
     MAX_NAME,
+    MAX_WAIT_S,
     PROTOCOL,
     Decision,
     Event,
@@ -33,6 +35,7 @@ from logsync.coordinator.messages import (
     Rhythm,
     Settings,
     State,
+    Waits,
     Window,
     decode_decision,
     decode_hello,
@@ -62,6 +65,11 @@ events = st.builds(Event, naturals, st.sampled_from(["update", "written", "frequ
 few_ranks = st.lists(ranks, max_size=16).map(tuple)
 failures = st.builds(Failure, st.text(max_size=32), st.text(max_size=99), few_ranks, st.none() | naturals, steps)
 counts = st.integers(0, 2**62)
+calls = st.integers(0, MAX_CALL)
+seconds = st.floats(0, MAX_WAIT_S)
+waits = st.builds(
+    Waits, ranks, seconds, seconds, seconds, st.text(max_size=128), steps.filter(lambda step: step is not None), ranks
+)
 entries = st.builds(
     LogEntry,
     naturals,
@@ -74,6 +82,7 @@ entries = st.builds(
     st.dictionaries(names, naturals, max_size=3),
     st.dictionaries(names, few_ranks, max_size=3),
     st.booleans(),
+    st.none() | waits,
 )
 states = st.builds(
     State,
@@ -98,7 +107,7 @@ reports = st.builds(
     ranks,
     worlds,
     st.sampled_from(["decision", "write", "ended", "closed"]),
-    naturals,
+    calls,
     steps,
     st.booleans(),
     rhythms,
@@ -106,6 +115,9 @@ reports = st.builds(
     windows,
     st.none() | failures,
     st.binary(max_size=99),
+    st.none() | seconds,
+    st.text(max_size=64),
+    calls,
 )
 decisions = st.builds(
     Decision,
@@ -201,6 +213,16 @@ def test_steps_are_exact(step: float) -> None:
 
 BAD_STEPS = [math.nan, math.inf, -math.inf, -1, -0.5, 2**63, 2**64 - 1, True, "5", b"5", [5], {}]
 TOO_MANY = tuple(Event(1, "update", 1) for _ in range(65_537))
+WAITS = {"slowest": 1, "least_s": 0.1, "most_s": 0.5, "interval_s": 2.0, "host": "node-1", "lag": 0, "behind": 0}
+BAD_WAITS: dict[str, list[Any]] = {
+    "slowest": [-1, 2**20, None],
+    "least_s": [-1.0, math.nan, None],
+    "most_s": [-1.0, math.inf, "1"],
+    "interval_s": [-1.0, math.nan, None],
+    "host": [None, "x" * 129, b"x"],
+    "lag": [-1, -0.5, math.inf, math.nan],
+    "behind": [-1, 2**20, None],
+}
 BAD_ENTRY: dict[str, list[Any]] = {
     "seq": [-1, None],
     "step": BAD_STEPS,
@@ -210,6 +232,7 @@ BAD_ENTRY: dict[str, list[Any]] = {
     "ranks": [{"x": -1}, {"x": None}],
     "nan_ranks": [{"x": [0] * 17}, {"x": [-1]}, {"x": 3}],
     "partial": [None, 1],
+    "waits": [3, [], {}, *({**WAITS, name: bad} for name in BAD_WAITS for bad in BAD_WAITS[name])],
 }
 BAD_FIELDS: list[tuple[Any, str, list[Any]]] = [
     (REPORT, "protocol", [-1, 2**63, "1", None, 1.0]),
@@ -218,7 +241,7 @@ BAD_FIELDS: list[tuple[Any, str, list[Any]]] = [
     (REPORT, "rank", [-1, 2**20, "0", None]),
     (REPORT, "world_size", [0, -1, 2**20 + 1, None]),
     (REPORT, "kind", ["", "hello", 3, None]),
-    (REPORT, "call", [-1, 2**63, 1.5, None]),
+    (REPORT, "call", [-1, 2**61 + 1, 2**63, 1.5, None]),
     (REPORT, "step", BAD_STEPS),
     (REPORT, "check_model_update", [0, 1, None, "yes"]),
     (REPORT, "rhythm", [None, 3, [math.nan], [-1], [None, -1], [None, None, None], {"rise": 1},
@@ -229,6 +252,9 @@ BAD_FIELDS: list[tuple[Any, str, list[Any]]] = [
     (REPORT, "fault", [3, "no", ["x" * 33, "no"], ["bad_value", "x" * 4097], ["bad_value", "no", list(range(65))],
                        ["bad_value", "no", [-1]], ["bad_value", "no", [], -1], ["bad_value", "no", [], 1, math.nan]]),
     (REPORT, "restore", [None, "text", b"x" * 16_385]),
+    (REPORT, "waited_s", [-1e-9, math.nan, math.inf, -math.inf, MAX_WAIT_S * 1.01, 2**63, "1", [1.0], b"1"]),
+    (REPORT, "host", [None, "x" * 65, b"x", 3]),
+    (REPORT, "restored_at", [-1, 2**61 + 1, 1.5, None]),
     (STATE, "log_frequency", BAD_STEPS),
     (STATE, "frequency_type", ["", "steps", None, 3]),
     (STATE, "last_log_step", BAD_STEPS),

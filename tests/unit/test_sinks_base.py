@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from logsync.coordinator.messages import RESERVED, LogEntry
-from logsync.coordinator.sinks.base import RunInfo, Sink, SinkSet, make_sink
+from logsync.coordinator.sinks.base import RunInfo, Sink, make_sink
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.jsonl import JsonlSink
 
 RUN = RunInfo(run_dir=Path("unused"), name="train", attempt=0, world_size=2, next_seq=0, resumed=False)
@@ -128,8 +128,9 @@ def test_a_callable_gets_every_entry() -> None:
 
 def test_a_destination_is_imported_only_when_named() -> None:
     script = (
-        "import sys; from logsync.coordinator.sinks.base import SinkSet; SinkSet([print]);"
-        "assert not any(m.startswith('logsync.coordinator.sinks.') and not m.endswith('.base') for m in sys.modules);"
+        "import sys; from logsync.coordinator.sinks.isolation import SinkSet; SinkSet([print]);"
+        "ours = {m for m in sys.modules if m.startswith('logsync.coordinator.sinks.')};"
+        "assert {m.rpartition('.')[2] for m in ours} == {'base', 'isolation', 'lane'}, ours;"
         "assert 'rich' not in sys.modules; SinkSet(['jsonl']); assert 'rich' not in sys.modules"
     )
 
@@ -139,9 +140,11 @@ def test_a_destination_is_imported_only_when_named() -> None:
 def test_nothing_opens_before_the_first_entry() -> None:
     sink = Recorder()
     sinks = opened(sink)
+    assert sinks.flush()
     assert sink.done == []
 
     sinks.write(entry(0))
+    assert sinks.flush()
     assert sink.done == [("open", RUN), ("write", 0)]
 
 
@@ -160,9 +163,11 @@ def test_a_resume_in_mid_run_closes_the_sinks_and_opens_them_at_once_with_the_ne
 
     sinks.write(entry(0))
     sinks.prepare(RESUMED)
+    assert sinks.flush()
     assert sink.done == [("open", RUN), ("write", 0), "close", ("open", RESUMED)]
 
     sinks.write(entry(1))
+    assert sinks.flush()
     assert sink.done[4:] == [("write", 1)]
 
 
@@ -208,55 +213,51 @@ def test_a_sink_cannot_change_what_the_others_get() -> None:
     sinks.prepare(RUN)
 
     sinks.write(given)
+    sinks.close()
 
     assert seen == [entry(0)]
     assert given == entry(0)
 
 
-def test_a_failed_open_is_tried_again_at_the_next_entry() -> None:
-    sink = Recorder("open")
+@pytest.mark.parametrize("fault", ["open", "write"])
+def test_what_passes_makes_entries_wait_and_loses_none(fault: str) -> None:
+    sink = Recorder(fault)
     sinks = opened(sink)
 
-    sinks.write(entry(0))
+    for seq in range(3):
+        sinks.write(entry(seq))
+    assert not sinks.flush(0.2)
     sink.fails.clear()
-    sinks.write(entry(1))
-    sinks.write(entry(2))
+    assert sinks.flush()
 
-    assert sink.done == [("open", RUN), ("write", 1), ("write", 2)]
-    assert sinks.lost == {"Recorder": 1}
-
-
-def test_a_failed_write_is_tried_again_without_another_open() -> None:
-    sink = Recorder("write")
-    sinks = opened(sink)
-
-    sinks.write(entry(0))
-    sink.fails.clear()
-    sinks.write(entry(1))
-
-    assert sink.done == [("open", RUN), ("write", 1)]
+    assert sink.done == [("open", RUN), ("write", 0), ("write", 1), ("write", 2)]
+    assert sinks.lost == {}
 
 
 def test_a_failing_sink_is_reported_once_with_its_traceback_and_its_losses_at_close(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sink = Recorder("write")
-    sinks = opened(Recorder(), sink)
+    def refuse(got: LogEntry) -> None:
+        if got.seq in {2, 3, 6}:
+            msg = "no write today"
+            raise ValueError(msg)
+
+    sinks = SinkSet([refuse])
+    sinks.prepare(RUN)
+    name = refuse.__qualname__
 
     for seq in range(7):
-        sink.fails = {"write"} if seq in {2, 3, 5} else set()
         sinks.write(entry(seq))
-    (first,) = caplog.records
-    assert first.levelno == logging.ERROR
+        assert sinks.flush()
+    sinks.close()
+    sinks.close()
+
+    first, well, second, summary = caplog.records
+    assert [first.levelno, well.levelno, second.levelno, summary.levelno] == [40, 30, 40, 40]
     assert first.exc_info is not None
-    assert "sink Recorder (2) raised OSError: no write today; entry seq 2 (step 20)" in first.getMessage()
-
-    sinks.close()
-    sinks.close()
-
-    (summary,) = caplog.records[1:]
-    assert summary.levelno == logging.ERROR
-    assert summary.getMessage() == "sink Recorder (2) lost 3 of 7 entries; last error: OSError: no write today"
+    assert f"sink {name} raised ValueError: no write today; entry seq 2 (step 20) is lost" in first.getMessage()
+    assert well.getMessage() == f"sink {name} works again; it has lost 2 entries so far"
+    assert summary.getMessage() == f"sink {name} lost 3 of 7 entries; last error: ValueError: no write today"
 
 
 def test_a_failing_close_is_reported_and_loses_no_entry(caplog: pytest.LogCaptureFixture) -> None:
@@ -274,6 +275,7 @@ def test_losses_are_counted_for_each_sink_by_a_name_of_its_own() -> None:
 
     sinks.write(entry(0))
     sinks.write(entry(1))
+    sinks.close()
 
     assert sinks.lost == {"Recorder": 2, "Recorder (3)": 2, "Recorder (4)": 2}
 
@@ -294,6 +296,7 @@ def test_what_an_error_says_is_fit_for_a_log_line(caplog: pytest.LogCaptureFixtu
     sinks.prepare(RUN)
     for seq in range(2):
         sinks.write(entry(seq))
+        assert sinks.flush()
         text = caplog.records[0].getMessage()
         assert text.isprintable()
         assert len(text) < 1500
@@ -302,15 +305,16 @@ def test_what_an_error_says_is_fit_for_a_log_line(caplog: pytest.LogCaptureFixtu
     assert list(sinks.lost.values()) == [2]
 
 
-def test_ctrl_c_inside_a_sink_is_not_swallowed() -> None:
-    def interrupted(_: LogEntry) -> None:
-        raise KeyboardInterrupt
+def test_a_sink_that_wants_to_end_the_process_ends_nothing() -> None:
+    def leave(_: LogEntry) -> None:
+        raise SystemExit(3)
 
-    sinks = SinkSet([interrupted])
+    sinks = SinkSet([leave])
     sinks.prepare(RUN)
+    sinks.write(entry(0))
+    sinks.close()
 
-    with pytest.raises(KeyboardInterrupt):
-        sinks.write(entry(0))
+    assert list(sinks.lost.values()) == [1]
 
 
 def test_reserved_names_are_those_of_an_entry_beside_its_metrics() -> None:

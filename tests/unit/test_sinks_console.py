@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import math
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 from pathlib import Path
 
@@ -245,6 +249,62 @@ def test_wide_characters_keep_the_columns_aligned(monkeypatch: pytest.MonkeyPatc
     lines = on_terminal(monkeypatch, entry(0, {"損失の平均値": 1.0, "b": 2.0}))
 
     assert lines == ["        step  損失の平均値         b", "train      0             1         2"]
+
+
+@pytest.mark.parametrize("to", ["stdout", "stderr"])
+def test_a_progress_bar_stays_whole_and_below_the_rows(to: str) -> None:
+    script = """
+        import sys
+        from tqdm import tqdm
+        from logsync.coordinator.sinks.console import ConsoleSink
+        from support.sinks import entry, run
+        from pathlib import Path
+
+        sink = ConsoleSink()
+        sink.open(run(Path("unused")))
+        for step in tqdm(range(6), mininterval=0, ncols=60, file=getattr(sys, sys.argv[1])):
+            if step % 2 == 0:
+                sink.write(entry(step))
+        sink.close()
+        print("after")
+    """
+    lines = screen(run_at_terminal(script, to))
+
+    assert lines[:4] == [
+        "        step      loss",
+        "train      0         0",
+        "train     20         1",
+        "train     40         2",
+    ]
+    assert re.fullmatch(r"100%\|█+\| 6/6 \[.*\]", lines[4])
+    assert lines[5:] == ["after"]
+
+
+def run_at_terminal(script: str, *arguments: str) -> str:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # without rows tqdm draws nothing
+    command = [sys.executable, "-c", f"import sys; sys.path += {sys.path!r}\n" + textwrap.dedent(script), *arguments]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    shown = b""
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+def screen(shown: str) -> list[str]:
+    """What a terminal shows after `shown`: a carriage return goes back to write over the line."""
+    lines: list[str] = []
+    for line in ANSI.sub("", shown).replace("\r\n", "\n").removesuffix("\n").split("\n"):
+        cells: list[str] = []
+        for part in line.split("\r"):
+            cells[: len(part)] = part
+        lines.append("".join(cells).rstrip())
+    return lines
 
 
 # Both

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logsync.coordinator.messages import RESERVED, LogEntry
-from logsync.coordinator.sinks.base import RunInfo, SinkSet
+from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.jsonl import JsonlSink
 
 names = st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable() and name not in RESERVED)
@@ -114,6 +115,28 @@ def test_a_line_break_in_a_name_does_not_break_the_line(tmp_path: Path, file: Pa
 
     assert file.read_bytes().count(b"\n") == 1
     assert strict(file.read_bytes())["a\nb\r\u2028"] == 1.0
+
+
+def test_hyperparameters_are_a_file_beside_it_and_whole_at_any_time(tmp_path: Path, file: Path) -> None:
+    sink = JsonlSink()
+    sink.open(run(tmp_path))
+    sink.hyperparams({"lr": 0.1, "optimizer": {"name": "adam"}})
+    sink.hyperparams({"lr": 0.2, "optimizer": {"name": "sgd"}})
+    sink.close()
+
+    assert strict((tmp_path / "hyperparams.json").read_bytes()) == {"lr": 0.2, "optimizer": {"name": "sgd"}}
+    assert file.read_bytes() == b""
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "hyperparams.json"}
+
+
+def test_hyperparameters_are_valid_json_whatever_they_are(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "my.jsonl")
+    sink.open(run(tmp_path / "unused"))
+    sink.hyperparams({"betas": (0.9, 0.99), "path": Path("x"), "none": None, "nan": math.nan, "kind": int})
+    sink.close()
+
+    found = strict((tmp_path / "hyperparams.json").read_bytes())
+    assert found == {"betas": [0.9, 0.99], "path": "x", "none": None, "nan": None, "kind": "<class 'int'>"}
 
 
 # Where it goes
@@ -213,7 +236,8 @@ def test_entries_from_the_restored_seq_on_are_replaced_and_earlier_ones_keep_the
     write(run(tmp_path), *map(entry, range(5)))
     before = file.read_bytes().splitlines(keepends=True)
 
-    write(run(tmp_path, next_seq, resumed=True), entry(next_seq, attempt=1))
+    resumed = run(tmp_path, next_seq, resumed=True)
+    write(dataclasses.replace(resumed, begun=next_seq == 0), entry(next_seq, attempt=1))
 
     lines = file.read_bytes().splitlines(keepends=True)
     assert lines[:-1] == before[:next_seq]
@@ -471,12 +495,13 @@ def test_a_folder_that_cannot_be_made_yet_is_tried_again(tmp_path: Path) -> None
     sinks.prepare(run(tmp_path / "blocked"))
 
     sinks.write(entry(0))
+    assert not sinks.flush(0.05)
     (tmp_path / "blocked").unlink()
     sinks.write(entry(1))
     sinks.close()
 
-    assert seqs(tmp_path / "blocked" / "metrics.jsonl") == [1]
-    assert sinks.lost == {"jsonl": 1}
+    assert seqs(tmp_path / "blocked" / "metrics.jsonl") == [0, 1]
+    assert sinks.lost == {}
 
 
 def test_killed_while_writing_every_whole_line_parses_and_the_file_can_be_continued(tmp_path: Path, file: Path) -> None:

@@ -282,7 +282,7 @@ def test_an_annotation_may_come_until_the_next_call_and_costs_no_round(alone: Al
                 log.model_updated(10)
                 log.annotate({"lr": 1.0})
         assert log.stats.rounds == rounds
-        assert alone.metrics == [{}, {"lr": 1.0}]
+    assert alone.metrics == [{}, {"lr": 1.0}, {"later": 1.0}]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from logsync.coordinator.messages import KeySpec
-from logsync.workers.values import Bank, local_tensor, plain_number, read_banks, same_device
+from logsync.workers.values import Bank, begin_reading, local_tensor, plain_number, read_banks, same_device
 from logsync.workers.window import Cell
 
 # Plain numbers
@@ -170,7 +170,7 @@ def test_the_module_imports_neither_numpy_nor_torch() -> None:
 
 
 def read(bank: Bank) -> list[tuple[float, float]]:
-    ((same, shares),) = read_banks([bank])
+    ((same, shares),) = read_banks(begin_reading([bank]))
     assert same is bank
     return shares
 
@@ -285,7 +285,7 @@ def test_all_banks_of_a_device_are_read_by_one_transfer(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
 
-    shares = dict(read_banks(banks))
+    shares = dict(read_banks(begin_reading(banks)))
 
     assert len(transfers) == 1
     assert shares[banks[1]] == [(20.0, 2.0), (22.0, 2.0), (24.0, 2.0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import queue
 import socket
@@ -41,6 +42,7 @@ _FIRST_SLOT = 1024  # frozen for ever: the hello must fit between any two versio
 _FITS, _AGAIN, _REFUSED = 0, 1, 2
 _PATIENCE = timedelta(days=30)
 _SHRINK_AFTER = 8
+_SETUP_MARGIN_S = 2.0
 _ROOT_MEMORY = 2**30  # bytes that the root spends on the largest slots of all ranks
 
 
@@ -83,9 +85,10 @@ class CollectiveTransport:
         self._thread = threading.Thread(target=self._serve, args=(root,), name="logsync", daemon=True)
         self._thread.start()
         try:
-            self._outcome(patient=False)
+            # gloo tries an address that answers nothing several times, each for as long as the timeout.
+            self._outcome(patient=False, within_s=self._timeout_s + _SETUP_MARGIN_S)
         except CollectiveSetupError:
-            self._thread = None  # it has ended
+            self._thread = None  # it has ended, or hangs in gloo and ends by itself
             raise
 
     def exchange(self, frame: bytes, *, patient: bool = False) -> bytes:
@@ -118,7 +121,7 @@ class CollectiveTransport:
         thread.join(timeout=2.0)
         self._watch.end()
 
-    def _outcome(self, *, patient: bool) -> bytes | None:
+    def _outcome(self, *, patient: bool, within_s: float = math.inf) -> bytes | None:
         started = time.monotonic()
         pause = self._watch.first_pause_s
         while True:
@@ -126,8 +129,12 @@ class CollectiveTransport:
                 # SimpleQueue.get waits in a way that lets signal handlers run.
                 outcome = self._outcomes.get(timeout=pause)
             except queue.Empty:
+                waited_s = time.monotonic() - started
+                if waited_s >= within_s:
+                    error = TimeoutError("no end of it, which is so where an address of another rank answers nothing")
+                    raise _setup_error(error, self._timeout_s) from None
                 try:
-                    pause = self._watch.waiting(time.monotonic() - started, patient=patient)
+                    pause = min(self._watch.waiting(waited_s, patient=patient), max(0.05, within_s - waited_s))
                 except TransportError as error:
                     self._lost = error  # the thread is stuck in the collective
                     raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -214,6 +216,7 @@ class _RemoteHost:
         self._session = session
         self._plan = plan
         self._notes: dict[str, float] = {}
+        self._hyperparams: dict[str, object] = {}
         self._released_turn = 0  # the turn after which everything was handed over
         self._here: Host | None = None  # after the group was lost
 
@@ -250,6 +253,19 @@ class _RemoteHost:
             msg = f"annotate() would overwrite the merged metric {taken[0]!r} of entry {self._seq}; use another name"
             raise ValueError(msg)
         self._notes.update(values)
+
+    def log_hyperparams(self, values: Mapping[str, object]) -> None:
+        if self._here is not None:
+            self._here.log_hyperparams(values)
+            return
+        try:
+            encoded = msgspec.json.encode({**self._hyperparams, **values}, enc_hook=str)
+        except (OverflowError, TypeError, ValueError, RecursionError) as error:
+            msg = f"log_hyperparams() cannot send these values to the coordinator's actor: {printable(str(error), 200)}"
+            raise TypeError(msg) from error
+        self._hyperparams.update(values)
+        self._plan = dataclasses.replace(self._plan, hyperparams=encoded)
+        self._session.keep_hyperparams(self._plan, encoded)
 
     def release(self) -> None:
         if self._here is not None:

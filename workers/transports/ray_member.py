@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from logsync.coordinator.errors import (
@@ -32,6 +33,7 @@ from logsync.workers.transports.ray_wire import (
     Ask,
     Exchange,
     Held,
+    Hyperparams,
     Join,
     Leave,
     Loaded,
@@ -116,6 +118,7 @@ class RankSession:
         self._notes: dict[int, dict[str, float]] = {}
         self._released = -1
         self._unsaid: Release | None = None
+        self._settings: Hyperparams | None = None  # not said yet
         self._lost: LogsyncError | None = None
         self._closed = threading.Event()
         self._failures = 0
@@ -203,6 +206,11 @@ class RankSession:
         self._released = seq
         self._unsaid = Release(self.session, seq, notes)
 
+    def keep_hyperparams(self, plan: Plan, values: bytes) -> None:
+        """Have the log's thread tell the run's settings; never waits. The next actor hears of them by `plan`."""
+        self._plan = plan
+        self._settings = Hyperparams(self.session, values)
+
     def close(self, reason: str | None) -> None:
         """Say goodbye; waits for the sinks if this is rank 0, and at most some seconds otherwise."""
         if self._closed.is_set():
@@ -212,9 +220,9 @@ class RankSession:
         why = None if reason is None else reason[:2000].encode(errors="replace").decode()
         try:
             within = _deadline(_GOODBYE_S)
-            unsaid = self._unsaid
-            if unsaid is not None and self._lost is None:
-                self._ask(lambda: unsaid, within)
+            for unsaid in (self._unsaid, self._settings):
+                if unsaid is not None and self._lost is None:
+                    self._ask(partial(_same, unsaid), within)
             answer = self._ask(lambda: Quit(self.session, why, call, step), within)
             made = answer.entries_made
         except LogsyncError as error:
@@ -393,13 +401,19 @@ class RankSession:
         if self._closed.is_set() or self._lost is not None:
             msg = "closed"
             raise PeerLost(msg)
-        unsaid = self._unsaid
-        if unsaid is None:
-            return
-        with contextlib.suppress(LineBroken, LogsyncError):  # else the next turn says it
-            self._wait(self._line.ask(encode(unsaid)), _deadline(_GOODBYE_S))
-            if self._unsaid is unsaid:
-                self._unsaid = None
+        for unsaid in (self._unsaid, self._settings):
+            if unsaid is None:
+                continue
+            with contextlib.suppress(LineBroken, LogsyncError):  # else it is said again, an entry by the next turn
+                self._wait(self._line.ask(encode(unsaid)), _deadline(_GOODBYE_S))
+                if self._unsaid is unsaid:
+                    self._unsaid = None
+                if self._settings is unsaid:
+                    self._settings = None
+
+
+def _same(ask: Ask) -> Ask:
+    return ask
 
 
 def _next(held: Held) -> Held:

@@ -26,6 +26,7 @@ from logsync.workers.transports.ray_wire import (
     WIRE,
     Answer,
     Exchange,
+    Hyperparams,
     Join,
     Leave,
     Poll,
@@ -88,7 +89,7 @@ class RootServer:
             answer = failed(self.incarnation, CoordinatorLost(f"the coordinator's actor failed: {error!r}"))
         return encode(answer)
 
-    async def _answer(self, ask: Exchange | Poll | Release | Quit | Leave) -> Answer:
+    async def _answer(self, ask: Exchange | Poll | Release | Hyperparams | Quit | Leave) -> Answer:
         found = self._sessions.get(ask.session)
         if found is None:
             return Answer(self.incarnation, "stranger")
@@ -102,6 +103,8 @@ class RootServer:
             return await self._poll(run, member, ask)
         if isinstance(ask, Release):
             await run.release(ask)
+        elif isinstance(ask, Hyperparams):
+            await run.hyperparams(ask)
         elif isinstance(ask, Quit):
             return await run.quit(member, ask)
         else:

@@ -26,7 +26,7 @@ from logsync.coordinator.errors import (
 from logsync.coordinator.messages import MAX_FRAME, LogEntry, decode_decision
 from logsync.workers.hosting import Hosted, Plan, Recovered, Standing
 from logsync.workers.transports.notes import ranks_text
-from logsync.workers.transports.ray_wire import Answer, Exchange, Held, Join, Leave, Quit, Release, failed
+from logsync.workers.transports.ray_wire import Answer, Exchange, Held, Hyperparams, Join, Leave, Quit, Release, failed
 
 __all__ = ["Member", "Run"]
 
@@ -277,6 +277,11 @@ class Run:
         elif ask.seq == self._standing.next_seq - 1:
             with contextlib.suppress(ValueError):  # a name that is merged already, which rank 0 has checked
                 await self._work(lambda root: root.release(ask.notes))
+
+    async def hyperparams(self, ask: Hyperparams) -> None:
+        """Have the sinks keep the run's settings."""
+        if self._plan is not None:  # otherwise the run has ended
+            await self._work(lambda root: root.hyperparams(ask.values))
 
     # -- the end -----------------------------------------------------------------------------------------------
 

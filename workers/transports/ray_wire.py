@@ -28,6 +28,7 @@ __all__ = [
     "Ask",
     "Exchange",
     "Held",
+    "Hyperparams",
     "Join",
     "Leave",
     "Loaded",
@@ -133,6 +134,13 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     notes: _Notes = {}
 
 
+class Hyperparams(msgspec.Struct, frozen=True, tag="hyperparams"):
+    """Rank 0's settings of the run, a JSON object."""
+
+    session: _Id
+    values: _Frame
+
+
 class Exchange(msgspec.Struct, frozen=True, tag="exchange"):
     """A rank's frame of a turn.
 
@@ -175,7 +183,7 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
     step: _Step = None
 
 
-Ask = Join | Exchange | Poll | Release | Quit | Leave
+Ask = Join | Exchange | Poll | Release | Hyperparams | Quit | Leave
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):

@@ -7,10 +7,9 @@ from collections import Counter
 
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, Hello, decode_state, encode_hello
-from logsync.coordinator.sinks.base import SinkSet
 from support.lockstep import settings
 from support.simulation.network import Clock, Network
-from support.simulation.parts import REAL, REFUSALS, RUNNING, File, Member, Parts, Refused
+from support.simulation.parts import REAL, REFUSALS, RUNNING, File, Inline, Member, Parts, Refused
 from support.simulation.promises import Broken, Checkpoint, Played, Watch, breaks, check_file
 from support.simulation.scenarios import Fault, Op, Scenario, sits_out
 
@@ -59,7 +58,7 @@ class _World:
         coordinator = job.parts.coordinator(job.config, life.world_size, run=f"run{number}", run_dir="runs/x")
         host = Host(
             coordinator,
-            SinkSet([job.file]),
+            Inline(job.file),
             name="train",
             world_size=life.world_size,
             clock=lambda: float(job.now),

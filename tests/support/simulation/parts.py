@@ -11,11 +11,12 @@ from logsync.coordinator.host import Host
 from logsync.coordinator.messages import Decision, LogEntry, Window
 from logsync.coordinator.rounds import Round
 from logsync.coordinator.sinks.base import RunInfo
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.window import OpenWindow, Taken
 from support.lockstep import SimRank
 from support.simulation.scenarios import Life, Scenario
 
-__all__ = ["KEY_IDS", "REAL", "REFUSALS", "RUNNING", "File", "Member", "Parts", "Refused", "Root"]
+__all__ = ["KEY_IDS", "REAL", "REFUSALS", "RUNNING", "File", "Inline", "Member", "Parts", "Refused", "Root"]
 
 KEY_IDS = 20
 """How many values share a metric name: two bits each, so that sums stay exact and tell a value twice."""
@@ -233,6 +234,28 @@ class Parts:
 
 
 REAL = Parts()
+
+
+class Inline(SinkSet):
+    """One sink, called at once and without a thread: a simulation is the same each time."""
+
+    def __init__(self, sink: File) -> None:
+        super().__init__([])
+        self._file = sink
+        self._is_open = False
+
+    def prepare(self, run: RunInfo) -> None:
+        self._run = run
+        self._is_open = run.resumed
+        if run.resumed:
+            self._file.open(run)
+
+    def write(self, entry: LogEntry) -> None:
+        assert self._run is not None
+        if not self._is_open:
+            self._file.open(self._run)
+        self._is_open = True
+        self._file.write(entry)
 
 
 class File:

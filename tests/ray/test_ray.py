@@ -1,10 +1,11 @@
-"""Ranks that come twice, come wrong, end, and come back."""
+"""Everything of Ray that is tested in the usual run: real worker processes on one Ray.
+
+One file, since tests of several files may run in several processes, and each would start a Ray of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,44 +13,40 @@ from typing import Any
 import pytest
 import ray
 
-from logsync.coordinator.errors import LogsyncError
-from logsync.workers import connect
-from support.ray_jobs import lines
+from logsync.workers.testing import SCENARIOS
+from support.ray_jobs import check_file, kill_actor, kill_for_good, lines, start, train, wait_for_line
+from support.ray_ranks import MortalSink, come_back, refused, train_while, wait_alone
 from support.ray_world import RankProcess, RayWorld
+from support.worlds import ThreadsWorld
 
 pytestmark = pytest.mark.timeout(100)
 
-
-def options(rank: int, world_size: int, name: str, **more: Any) -> dict[str, Any]:
-    given = {"transport": "ray", "rank": rank, "world_size": world_size, "name": name, "timeout": 30.0}
-    return {"sinks": [], "run_dir": "not-used", **given, **more}
-
-
-def refused(rank: int, world_size: int, name: str, **more: Any) -> tuple[str, str]:
-    """Try to connect; return the class and the text of the error."""
-    try:
-        connect(1, **options(rank, world_size, name, **more))
-    except (LogsyncError, TypeError) as error:
-        return type(error).__name__, str(error)
-    return "nothing was raised", ""
+SAME_EVERYWHERE = [
+    "merged_values_are_those_of_all_ranks_together",
+    "with_explicit_write_a_ready_step_stays_ready_until_it_is_written",
+    "a_state_is_the_same_bytes_everywhere_and_continues_the_log",
+]
 
 
-def train_while(rank: int, world_size: int, name: str, gate: str) -> list[float]:
-    """Make rounds until a file is there, which rank 0 sees for all; leaves a file after the first one."""
-    sums = []
-    with connect(1, **options(rank, world_size, name)) as log:
-        goes_on, step = True, 0
-        while goes_on:
-            log.record({"one": 1.0}, reduce="sum")
-            log.record({"stop": float(rank == 0 and os.path.exists(gate))}, reduce="max")  # noqa: PTH110
-            assert log.log_ready(step)
-            assert log.last_entry is not None
-            sums.append(log.last_entry.metrics["one"])
-            goes_on = not log.last_entry.metrics["stop"]
-            step += 1
-            Path(f"{gate}.begun").touch()
-            time.sleep(0.02)
-    return sums
+# -- the transport's promise -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_transport_keeps_its_promise(worlds: dict[int, RayWorld], name: str) -> None:
+    SCENARIOS[name].check(worlds[3].run(name))
+
+
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.least_ranks == 1])
+def test_the_transport_keeps_its_promise_for_one_rank(worlds: dict[int, RayWorld], name: str) -> None:
+    SCENARIOS[name].check(worlds[1].run(name))
+
+
+@pytest.mark.parametrize("name", SAME_EVERYWHERE)
+def test_a_schedule_has_the_same_outcome_to_the_bit_as_among_threads(worlds: dict[int, RayWorld], name: str) -> None:
+    assert worlds[3].run(name) == ThreadsWorld(3).run(name)
+
+
+# -- ranks that come twice, come wrong, end, and come back -----------------------------------------------------
 
 
 def wait_for(path: Path, tasks: list[Any]) -> None:
@@ -97,20 +94,6 @@ def test_different_settings_of_a_process_that_comes_back_are_refused(world: RayW
     assert "timeout is 20.0 on rank 0, but rank 1: 21.0" in text
 
 
-def come_back(  # noqa: PLR0917 - an actor's call takes no keywords here
-    rank: int, world_size: int, name: str, run_dir: str, first: int, last: int
-) -> list[int]:
-    logged = []
-    with connect(2, **options(rank, world_size, name, sinks=["jsonl"], run_dir=run_dir)) as log:
-        for step in range(first, last):
-            log.record({"one": 1.0}, reduce="sum")
-            if log.log_ready(step):
-                logged.append(step)
-            if rank and first == 0 and step == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-    return logged
-
-
 def test_a_worker_that_was_killed_comes_back_as_its_rank(world: RayWorld, tmp_path: Path) -> None:
     victim = RankProcess.remote(1, 2)
     survivor = world.ranks[0].call.remote(come_back, "again", str(tmp_path), 0, 30)
@@ -128,31 +111,6 @@ def test_a_worker_that_was_killed_comes_back_as_its_rank(world: RayWorld, tmp_pa
     # Steps 11 and 12: the victim's went with it, and its heir began at 12.
     assert [entry["step"] for entry in entries if entry.get("partial")] == [12]
     assert [entry["one"] for entry in entries] == [2.0, *[4.0] * 5, 3.0, *[4.0] * 8, 2.0]
-
-
-def wait_alone(rank: int, world_size: int, name: str, warn_after: float) -> tuple[str, list[str], list[str]]:
-    """Make rounds until the other rank is missing; return the error, whom it is about, and what was warned of."""
-    import logging  # noqa: PLC0415 - this runs in a worker
-
-    warned: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            warned.append(record.getMessage())
-
-    keep = Keep(logging.WARNING)
-    logging.getLogger("logsync").addHandler(keep)
-    try:
-        with connect(1, **options(rank, world_size, name, timeout=4.0, warn_after=warn_after)) as log:
-            for step in range(100):
-                log.log_ready(step)
-                if rank and step == 3:
-                    os.kill(os.getpid(), signal.SIGKILL)
-    except LogsyncError as error:
-        return f"{type(error).__name__}: {error}", list(map(str, error.ranks)), warned
-    finally:
-        logging.getLogger("logsync").removeHandler(keep)
-    return "nothing was raised", [], warned
 
 
 def test_a_worker_that_is_gone_is_named_with_its_place(world: RayWorld) -> None:
@@ -177,3 +135,24 @@ def test_without_ray_init_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatc
 
     assert refused(0, 1, "none")[0] == "LaunchError"
     assert "ray.init()" in refused(0, 1, "none")[1]
+
+
+# -- the coordinator's actor is killed -------------------------------------------------------------------------
+
+
+def test_a_log_is_whole_after_its_coordinator_was_killed_and_killed_for_good(world: RayWorld, tmp_path: Path) -> None:
+    tasks = start(world, train, str(tmp_path), 60, 0.02, "killed")
+    wait_for_line(tmp_path, 3, tasks)
+    kill_actor("killed")
+    wait_for_line(tmp_path, 7, tasks)
+    kill_for_good("killed")
+
+    check_file(tmp_path, ray.get(tasks, timeout=60), 60)
+
+
+def test_a_log_is_whole_where_the_coordinator_dies_before_and_after_a_write(world: RayWorld, tmp_path: Path) -> None:
+    sink = MortalSink(tmp_path, before=3, after=6)
+    tasks = start(world, train, str(tmp_path), 40, 0.01, "mortal", 3, None, sink)
+
+    check_file(tmp_path, ray.get(tasks, timeout=60), 40)
+    assert sorted(path.name for path in tmp_path.glob("died-*")) == ["died-after", "died-before"]
