@@ -143,10 +143,11 @@ def connect(
     )
     sink_set = SinkSet(sinks)
     if not lockstep:
+        label = None if label is None else _checked_label(label)
         following = choose_following(
             transport, settings.name, rank=rank, world_size=world_size, process_group=process_group
         )
-        return FollowerLog(following, settings.name, None if label is None else _checked_label(label))
+        return FollowerLog(following, settings.name, label)
     if label is not None:
         msg = f"label={label!r} was given to a rank: only a follower, with lockstep=False, has one"
         raise ConfigError(msg)
