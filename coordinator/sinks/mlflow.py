@@ -107,6 +107,7 @@ class MlflowSink:
         """Log the entry, unless the run holds it from before a resume."""
         client = self._opened()
         if self._replay is not None and self._replay.covers(entry):
+            self._held = self._held.without(entry.seq)
             return
         self._check_it_answers()
         place = self._axis.place(entry.seq, entry.step)

@@ -89,6 +89,10 @@ class LastLogged(msgspec.Struct, frozen=True):
         highest = max((s for s in (self.highest, step) if s is not None), default=None)
         return LastLogged(*newest, fractions, None if highest == newest[1] else highest, gaps[-_MOST_GAPS:])
 
+    def without(self, seq: int) -> LastLogged:
+        """Return the same once the entry `seq` was left out, because its step is held already: that is no gap."""
+        return self if seq <= self.seq else msgspec.structs.replace(self, seq=seq)
+
     def missing_entry(self, run: RunInfo) -> LogEntry | None:
         """Return the checkpoint's last entry if the tracker lacks it, and nothing before it or something behind it."""
         last = run.last_entry

@@ -75,6 +75,13 @@ def test_what_an_earlier_attempt_lost_is_logged_by_a_later_one_and_the_rest_is_n
     assert held.and_then(8, 8).gaps == ((7, 7), (9, 9))
 
 
+def test_what_is_left_out_at_another_pace_is_no_gap() -> None:
+    held = held_after((0, 0), (1, 10), (2, 20)).without(3).without(2).and_then(4, 30)
+
+    assert (held.seq, held.step, held.gaps) == (4, 30, ())
+    assert held_after((2, 20)).without(3).step == 20
+
+
 def test_an_entry_that_comes_again_because_its_write_failed_is_answered_alike() -> None:
     held = held_after((3, 30), (6, 60))
     replay = Replay("it", run(Path("unused"), 3, resumed=True), held)
