@@ -200,6 +200,41 @@ def test_an_entry_with_more_metrics_than_a_request_takes_arrives_whole(log: Logg
     assert sorted(metric["value"] for metric in found["data"]["metrics"]) == [float(n) for n in range(1100)]
 
 
+def test_an_entry_that_is_sent_in_parts_counts_as_stored_only_when_all_are_there(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"m{n}": float(n) for n in range(1100)}
+    sink = log.start(entry(0, many), close=False)
+    send, requests = sink._client.log_batch, []
+
+    def killed_at_the_second(run_id: str, metrics: list[Any], tags: object = (), **options: object) -> None:
+        requests.append(len(metrics))
+        if len(requests) == 2:
+            raise KeyboardInterrupt
+        send(run_id, metrics, tags=tags, **options)
+
+    monkeypatch.setattr(sink._client, "log_batch", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sink.write(entry(1, many))
+    assert requests == [999, 101]
+
+    log.start(entry(1, many), entry(2, many), next_seq=1, resumed=True)
+    assert [step for step, _ in log.points("m0")] == [0, 10, 20]
+    assert [step for step, _ in log.points("m1099")] == [0, 10, 20]
+
+
+def test_a_failure_is_seen_although_the_environment_asks_for_logging_in_the_background(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    sink = log.start(entry(0), close=False)
+    (found,) = log.server.runs(log.run_id)
+    log.server.ask("runs/delete", {"run_id": found["info"]["run_id"]})
+
+    with pytest.raises(Exception, match="must be in the 'active' state"):
+        sink.write(entry(1))
+
+
 def test_hyperparameters_are_parameters_and_the_first_value_stays(
     log: Logging, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +265,15 @@ def test_a_resumed_job_continues_its_run_and_doubles_no_step(log: Logging, *, ki
     sink.close()
 
     assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5), (40, 2.0), (50, -1.0), (60, -1.0)]
+
+
+def test_what_an_attempt_lost_is_logged_by_the_next(log: Logging) -> None:
+    log.start(entry(0), entry(1), entry(4), close=False)
+
+    log.start(*map(entry, range(1, 4)), next_seq=1, resumed=True, close=False)
+    log.start(*(entry(seq, {"loss": -1.0}, time=9.0) for seq in range(1, 6)), next_seq=1, resumed=True)
+
+    assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5), (40, 2.0), (50, -1.0)]
 
 
 def test_the_checkpoints_entry_that_a_kill_kept_from_the_run_is_added(log: Logging) -> None:
