@@ -27,8 +27,8 @@ class LogsyncCallback(TrainerCallback, ExportableState):
     """Logs what the Trainer logs, at the Trainer's own steps, on all ranks together.
 
     Every record of the Trainer's `log_history` is an entry with the same step and values: training losses, each
-    evaluation, and the summary at the end of the training. What else is recorded in `callback.log`, in `compute_loss`
-    say, is merged over the steps and the ranks of its entry.
+    evaluation, and the summary at the end of the training. What else is recorded in `callback.training_log`, say in
+    `compute_loss`, is merged over the steps and the ranks of its entry.
 
     The Trainer decides when to log (`logging_steps`, `logging_strategy`, `logging_first_step`), unless
     `log_frequency` is given: then logsync does, with one answer for all ranks, and the Trainer's loss is gathered and
@@ -69,7 +69,7 @@ class LogsyncCallback(TrainerCallback, ExportableState):
         """The state of the closed log, or the one that the Trainer restored."""
 
     @property
-    def log(self) -> TrainingLog:
+    def training_log(self) -> TrainingLog:
         """The log, while the Trainer trains.
 
         Raises:
@@ -117,7 +117,7 @@ class LogsyncCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Make this step's call."""
-        ready = self.log.log_ready(state.global_step)
+        ready = self.training_log.log_ready(state.global_step)
         if self._frequency is not None:
             control.should_log = ready
         self._due = control.should_log and state.global_step > self._logged
@@ -170,7 +170,7 @@ class LogsyncCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the summary of the training, which the Trainer has just logged, and close the log."""
-        self.log.write(state.global_step)
+        self.training_log.write(state.global_step)
         self.close()
 
     # -- its state in checkpoints ------------------------------------------------------------------------------

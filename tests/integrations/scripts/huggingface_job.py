@@ -24,7 +24,7 @@ class Restless(Trainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
             (callback,) = (one for one in self.callback_handler.callbacks if isinstance(one, LogsyncCallback))
-            callback.log.record({"images": len(inputs["labels"])}, reduce="sum")
+            callback.training_log.record({"images": len(inputs["labels"])}, reduce="sum")
             if dist.get_rank() == 0:
                 inside: dict[str, Any] = {"inside": float(self.state.global_step), "note": "no number"}
                 self.log(inside)
