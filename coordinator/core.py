@@ -160,6 +160,7 @@ class Coordinator:
         self._hosts: dict[int, str] = {}
         self._round_times = (0.0, 0.0)  # of the last round and of this one
         self._waits_from: float | None = None  # when the round before the last entry's was
+        self._first_of_epoch = -1  # the round after the one that ended an epoch
 
     def handle(
         self, frames: Sequence[bytes | bytearray | memoryview], now: float = 0.0
@@ -272,6 +273,9 @@ class Coordinator:
             new_epoch = NewEpoch(over.call, max(0, over.call - self._entry_call) + self._missed)
             self._cadence.clear()
             self._steps.clear()
+            # What ranks did between the epochs is nobody's wait, nor is that they come back at different times.
+            self._waits_from = None
+            self._first_of_epoch = number + 1
         state = State(
             manager.log_frequency,
             self._settings.log_frequency,
@@ -362,7 +366,7 @@ class Coordinator:
         self.entries_made += 1
         self._entry_call = call
         self._missed = 0
-        self._waits_from = self._round_times[0]
+        self._waits_from = None if self._round == self._first_of_epoch + 1 else self._round_times[0]
         return entry
 
     def _check_steps(self, active: list[Report], counting: Report) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "MAX_FRAME",
     "MAX_NAME",
     "MAX_PATH",
+    "MAX_WAITS",
     "MAX_WAIT_S",
     "PROTOCOL",
     "RESERVED",
