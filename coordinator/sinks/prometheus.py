@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import socket
 from typing import Any
 
 from logsync.coordinator.errors import ConfigError, printable
@@ -94,6 +96,9 @@ class PrometheusSink:
             return
         server, self._server = self._server, None
         server.shutdown()
+        # Also for children that were forked meanwhile: they have the socket too, and closing ours would not free it.
+        with contextlib.suppress(OSError):
+            server.socket.shutdown(socket.SHUT_RDWR)
         server.server_close()
         self._thread.join()
 
