@@ -13,7 +13,7 @@ from logsync.coordinator.errors import (
     AgreedError,
     BadType,
     BadValue,
-    ConfigMismatch,
+    ConfigError,
     CoordinatorFailed,
     FrameTooLarge,
     LogsyncError,
@@ -112,6 +112,7 @@ class Coordinator:
         run_dir: where the files of the log go.
         keep_run_dir: the user chose `run_dir`, so a state that is loaded does not change it.
         attempt: which start of the job this is.
+        refusal: why rank 0 cannot log as it was told to; all ranks raise it when they connect.
 
     Attributes:
         frequency_manager: the one authority on when a log is due.
@@ -133,6 +134,7 @@ class Coordinator:
         run_dir: str,
         keep_run_dir: bool = False,
         attempt: int = 0,
+        refusal: str = "",
     ) -> None:
         self.frequency_manager = FrequencyManager(settings.log_frequency, settings.mode, settings.frequency_type)
         if len(run_dir.encode()) > MAX_PATH:
@@ -146,6 +148,7 @@ class Coordinator:
         self.restores = 0
         self.first_seq = 0
         self._settings = settings
+        self._refusal = refusal
         self._world_size = world_size
         self._members = range(world_size)  # whose frames make a round
         self._run = run
@@ -184,13 +187,15 @@ class Coordinator:
         try:
             if number == 0:
                 check_hellos(read_hellos(frames, self._world_size), self._world_size)
+                if self._refusal:
+                    raise ConfigError(self._refusal)  # noqa: TRY301 - as what is found in the hellos
                 decision = self._decision(number)
             else:
                 reports = read_reports(frames, self._run, number, self._world_size, self._members)
                 over = _over(reports)
                 decision = self._decide(number, reports, now)
             reply = _encoded(decision)
-        except (AgreedError, ConfigMismatch) as error:
+        except (AgreedError, ConfigError) as error:
             return self._rejected(moment, number, error, over), ()
         except Exception as error:  # noqa: BLE001 - a failing root must reach every rank, or they wait for ever
             text = f"the coordinator failed in round {number}: {type(error).__name__}: {error}"

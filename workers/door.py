@@ -74,6 +74,7 @@ def connect(
 
     Raises:
         TypeError, ValueError: an argument makes no sense.
+        ConfigError: a sink's package is not installed where rank 0 runs; on the other ranks none is needed.
         LaunchError: a launcher started several ranks but nothing connects them, or its variables are half there.
         ConfigMismatch: ranks gave different settings.
         CollectiveSetupError: the gloo group could not be built.
@@ -105,7 +106,6 @@ def connect(
     host = None
     if found.rank == 0:
         reserved = reserve_run_dir(settings.name) if folder is None and _may_use_files(sinks) else None
-        sink_set.load()
         host = _host(settings, sink_set, folder, reserved, found.world_size)
     log = TrainingLog(found, settings, host, given_run_dir=folder, warn_after_s=warn_after)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
@@ -130,6 +130,7 @@ def _host(
     settings: Settings, sinks: SinkSet, given: str | None, reserved: tuple[str, Path | None] | None, world_size: int
 ) -> Host:
     folder, made = reserved or (given or "runs", None)
+    missing = sinks.load()
     coordinator = Coordinator(
         settings,
         world_size,
@@ -137,6 +138,7 @@ def _host(
         run_dir=folder,
         keep_run_dir=given is not None,
         attempt=restart_count(),
+        refusal=missing and f"rank 0 cannot log: {missing}",
     )
     return Host(coordinator, sinks, name=settings.name, world_size=world_size, reserved=made)
 

@@ -58,7 +58,8 @@ class Sink(Protocol):
     neither training nor another sink notices: after a failed `open` comes another `open`, after an `OSError` of `write`
     the same entry again, and after any other error the next one.
 
-    A sink may have two more methods. `load()` imports what it needs; it is called early, on rank 0's main thread.
+    A sink may have two more methods. `load()` imports what it needs, or raises a `ConfigError` that says what to
+    install, which all ranks get from `connect`; it is called early, on rank 0's main thread.
     `hyperparams(values)` keeps the run's settings; it is called after `open`, again after every further one, and must
     not mind being called twice.
     """

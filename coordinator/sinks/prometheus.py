@@ -36,7 +36,6 @@ class PrometheusSink:
 
     def __init__(self, address: str = "") -> None:
         self._host, self._port = _parsed(address)
-        require("prometheus_client", "prometheus")
         self._server: Any = None
         self._thread: Any = None
         self._log = ""
@@ -49,10 +48,12 @@ class PrometheusSink:
 
     def load(self) -> None:
         """Import prometheus_client."""
+        require("prometheus_client", "prometheus")
         importlib.import_module("prometheus_client")
 
     def open(self, run: RunInfo) -> None:
         """Begin to serve."""
+        self.load()
         client = importlib.import_module("prometheus_client")
         registry = client.CollectorRegistry()
 
