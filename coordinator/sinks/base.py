@@ -60,8 +60,8 @@ class Sink(Protocol):
 
     A sink may have two more methods. `load()` imports what it needs, or raises a `ConfigError` that says what to
     install, which all ranks get from `connect`; it is called early, on rank 0's main thread.
-    `hyperparams(values)` keeps the run's settings; it is called after `open`, again after every further one, and must
-    not mind being called twice.
+    `hyperparams(values)` keeps the run's settings, all that were given so far; it is called after `open`, again after
+    every further one and after an `OSError`, and must not mind being called twice.
     """
 
     def open(self, run: RunInfo) -> None:
@@ -74,7 +74,7 @@ class Sink(Protocol):
         """Take one entry. It is this sink's own copy."""
 
     def close(self) -> None:
-        """Flush what is held. Called only after a successful `open`."""
+        """Flush what is held. Called only after a successful `open`, and never while another call does not return."""
 
 
 SinkSpec: TypeAlias = str | Sink | Callable[[LogEntry], object]

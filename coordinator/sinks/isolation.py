@@ -128,14 +128,9 @@ class SinkSet:
             ended = lane.wait(deadline)
             lost = count + lane.give_up()
             if lost or not ended:
-                say(
-                    logging.ERROR,
-                    "sink %s %s within %g s: %d entries were not written to it",
-                    lane.name,
-                    "was not done" if ended else "did not end",
-                    self._close_timeout_s,
-                    lost,
-                )
+                became = "was not done" if ended else "did not end"
+                how = f"{became} within {self._close_timeout_s:g} s" if lane.has_thread else "never had a thread"
+                say(logging.ERROR, "sink %s %s: %d entries were not written to it", lane.name, how, lost)
         for lane in self._lanes:
             if lane.lost:
                 said = f"; last error: {lane.last_error}" if lane.last_error else ""
