@@ -51,7 +51,6 @@ class MlflowSink:
 
     def __init__(self, tracking_uri: str | None = None) -> None:
         self._given_uri = tracking_uri
-        require("mlflow", "mlflow")
         self._mlflow: Any = None
         self._client: Any = None
         self._uri = ""
@@ -63,6 +62,7 @@ class MlflowSink:
 
     def load(self) -> None:
         """Import mlflow."""
+        require("mlflow", "mlflow")
         self._mlflow = importlib.import_module("mlflow")
         importlib.import_module("mlflow.utils.rest_utils")
 

@@ -49,13 +49,13 @@ class TensorboardSink:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = absolute(folder)
-        require("tensorboard", "tensorboard")
         self._tb = _Library()
         self._file: Appender | None = None
         self._axis = Axis()
 
     def load(self) -> None:
         """Import tensorboard."""
+        require("tensorboard", "tensorboard")
         self._tb.load()
 
     def open(self, run: RunInfo) -> None:

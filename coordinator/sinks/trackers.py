@@ -23,7 +23,7 @@ _MOST_GAPS = 100
 
 
 def require(package: str, extra: str) -> None:
-    """Raise `ConfigError` if `package` is not installed; it is looked for, not imported."""
+    """Raise `ConfigError` if `package` is not installed here; it is looked for, not imported."""
     found = importlib.util.find_spec(package)
     # A folder of that name, such as the ./wandb that W&B makes, is found too, as a package without a file.
     if found is None or found.origin is None:

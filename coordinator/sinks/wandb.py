@@ -42,7 +42,6 @@ class WandbSink:
 
     def __init__(self, project: str | None = None) -> None:
         self._project = project
-        require("wandb", "wandb")
         self._run: Any = None
         self._replay: Replay | None = None
         self._held = LastLogged()
@@ -50,6 +49,7 @@ class WandbSink:
 
     def load(self) -> None:
         """Import wandb."""
+        require("wandb", "wandb")
         importlib.import_module("wandb")
 
     def open(self, run: RunInfo) -> None:
@@ -58,6 +58,7 @@ class WandbSink:
         Raises:
             RuntimeError: there is no API key, and W&B is neither offline nor disabled.
         """
+        self.load()
         wandb: Any = importlib.import_module("wandb")
         if "WANDB_SERVICE" not in os.environ:  # W&B's own process does not run yet
             # Where the host for its own errors cannot be reached, as on many clusters, it holds up the job's end.

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -25,7 +26,9 @@ from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.mlflow import MlflowSink
-from support.sinks import entry, feed, run
+from logsync.workers import connect
+from support.sinks import entry, feed, run, wait_for
+from support.torchrun import entries
 
 _START_S = 90
 
@@ -365,6 +368,34 @@ def test_a_server_that_is_stopped_fails_an_entry_within_a_bound_and_takes_it_aft
     sink.close()
 
     assert log.points("loss") == [(0, 0.0), (10, 0.5)]
+
+
+def test_a_thousand_logs_beside_a_server_that_stops_are_all_in_the_file_and_what_it_lacks_is_counted(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    job = connect(1, run_dir=log.folder, sinks=["jsonl", f"mlflow:{log.server.uri}"])
+    assert job._host is not None
+    sinks, run_id = job._host._sinks, job._host.coordinator.run_id
+
+    def go_on(steps: range) -> None:
+        for step in steps:
+            job.record(loss=float(step))
+            assert job.log_ready(step)
+
+    go_on(range(20))
+    job._host.release()
+    assert sinks.flush(60)
+    with log.server.stopped():
+        go_on(range(20, 1000))
+        begun = time.monotonic()
+        job.close()
+        assert time.monotonic() - begun < 20  # 10 s is the bound; the rest is for a machine that is busy
+        wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("logsync-")])
+
+    assert [entry["loss"] for entry in entries(log.folder)] == [float(step) for step in range(1000)]
+    assert log.server.points(run_id, "loss") == [(step, float(step)) for step in range(20)]
+    assert sinks.lost == {f"mlflow:{log.server.uri}": 980}
 
 
 def test_a_server_that_never_answers_or_is_not_there_is_an_error_without_its_password(

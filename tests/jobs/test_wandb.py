@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from support.torchrun import torchrun
 from support.wandb_files import OfflineRun, offline_runs
 
 SCRIPT = Path(__file__).parent / "scripts" / "wandb_sink.py"
@@ -182,6 +183,15 @@ def test_a_run_of_the_scripts_own_is_left_as_it_is(started: dict[str, Started]) 
     assert set(found) == {"mine", "ours"}
     assert found["mine"].history == [{"x": 1}]
     assert "*" not in found["mine"].axes
+
+
+def test_a_job_of_several_ranks_has_one_run(tmp_path: Path) -> None:
+    environ = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    job = torchrun(SCRIPT, "job_of_ranks", tmp_path, nproc=2, folder=tmp_path, environ=environ)
+
+    job.assert_clean()
+    (found,) = offline_runs(tmp_path)
+    assert [row["seq"] for row in found.history] == [0, 1, 2]
 
 
 # Not usable

@@ -117,6 +117,14 @@ def silent_job(folder: Path) -> None:
     print(ran.stdout, f"it went on for {time.time() - float((folder / 'closed').read_text()):.0f} s", sep="\n")
 
 
+def job_of_ranks(folder: Path) -> None:
+    import torch.distributed as dist  # noqa: PLC0415 - the others do without
+
+    dist.init_process_group("gloo")
+    job(folder)
+    dist.destroy_process_group()
+
+
 def job(folder: Path) -> None:
     with connect(1, sinks=["wandb", "jsonl"], run_dir=folder) as log:
         for step in range(3):
