@@ -60,6 +60,15 @@ def test_a_resume_at_another_world_size_goes_on_with_the_history_and_doubles_not
     assert [(entry["step"], entry["attempt"]) for entry in after[6:]] == [(step, 1) for step in (40, 45, 50, 50, 50)]
 
 
+def test_a_checkpoint_from_before_logsync_is_gone_on_from_and_the_next_one_has_the_logs_state(job: Ran) -> None:
+    older = job.folder / "older"
+
+    assert [entry["step"] for entry in entries(older / "log")] == [20, 20, 20]
+    assert "has no state of logsync's log 'train'" in job.output
+    state = json.loads((older / "checkpoint-20" / "trainer_state.json").read_text())
+    assert len(state["stateful_callbacks"]["LogsyncCallback"]["attributes"]["saved"]) > 100
+
+
 def test_where_logsync_decides_all_ranks_log_at_its_steps_whatever_other_callbacks_ask(job: Ran) -> None:
     job.assert_clean()
     results = [job.result(rank) for rank in range(2)]

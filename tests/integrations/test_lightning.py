@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from support.torchrun import Ran, entries, torchrun
+from support.torchrun import Ran, entries, plain_python, torchrun
 
 EXAMPLE = Path(__file__).parents[2] / "scripts" / "examples" / "lightning_digits.py"
 JOB = Path(__file__).parent / "scripts" / "lightning_job.py"
+OLDER_NAME = Path(__file__).parent / "scripts" / "pytorch_lightning_alone.py"
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -105,4 +106,16 @@ def test_the_logger_by_itself_writes_rank_0s_values_each_by_its_own_step(job: Ra
         (2, ["own"]),
         (3, ["val"]),
         (3, ["of_epoch"]),
+    ]
+
+
+def test_it_is_pytorch_lightnings_where_that_was_imported_and_an_exception_closes_the_log(tmp_path: Path) -> None:
+    ran = plain_python(OLDER_NAME, tmp_path, folder=tmp_path)
+
+    ran.assert_clean()
+    assert "left by a bad batch, the log is closed" in ran.output
+    assert [(entry["step"], "loss" in entry) for entry in entries(tmp_path / "log")] == [
+        (1, True),
+        (3, True),
+        (5, True),
     ]

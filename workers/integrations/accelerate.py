@@ -50,6 +50,7 @@ class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no
         super().__init__()
         self._shared: TrainingLog | None = None
         self._own: TrainingLog | None = None
+        self._finished = False
         self._options: dict[str, Any] = {"sinks": sinks, "run_dir": run_dir, "name": run_name}
         self._numbers = Numbers()
 
@@ -64,13 +65,14 @@ class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no
 
     @on_main_process  # type: ignore[untyped-decorator]
     def start(self) -> None:
-        """Open the tracker's own log, if it was given none."""
-        if self._shared is None and self._own is None:
+        """Open the tracker's own log, unless it has joined one; older versions of Accelerate do not call this."""
+        if self._shared is None and self._own is None and not self._finished:
             self._own = connect(None, transport="local", **self._options)
 
     @on_main_process  # type: ignore[untyped-decorator]
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Keep the run's settings."""
+        self.start()
         if self.tracker is not None:
             self.tracker.log_hyperparams(values)
 
@@ -81,6 +83,7 @@ class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no
         Raises:
             ValueError: after `join`, a value has the name of a metric that all ranks have merged in this entry.
         """
+        self.start()
         if self._own is not None:
             self._numbers.record(self._own, values, across="last")
             self._own.write(step)
@@ -92,7 +95,7 @@ class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no
     @on_main_process  # type: ignore[untyped-decorator]
     def finish(self) -> None:
         """Close the tracker's own log."""
-        own, self._own = self._own, None
+        own, self._own, self._finished = self._own, None, True
         if own is not None:
             own.close()
 

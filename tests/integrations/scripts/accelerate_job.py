@@ -30,6 +30,7 @@ def track_alone(accelerator: Accelerator, tracker: LogsyncTracker) -> list[str]:
     if accelerator.is_main_process:
         accelerator.log({"only_here": 7.0}, step=3)
     accelerator.save_state(str(FOLDER / "checkpoint"))
+    accelerator.wait_for_everyone()  # save_state() does not wait for the main process
     accelerator.log({"loss": 9.0}, step=4)
     accelerator.load_state(str(FOLDER / "checkpoint"))
     accelerator.log({"loss": 10.0}, step=4)

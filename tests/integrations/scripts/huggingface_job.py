@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,26 @@ class AsksOnOneRank(TrainerCallback):
         return control
 
 
+def run_example(*arguments: str) -> dict[str, Any]:
+    sys.argv = [EXAMPLE, *arguments]
+    return runpy.run_path(EXAMPLE, run_name="__main__")
+
+
+def forget_logsync() -> None:
+    """Leave a checkpoint as it would be if logsync had not been there when it was made."""
+    checkpoint = FOLDER / "older" / "checkpoint-15"
+    shutil.copytree(FOLDER / "example" / "checkpoint-15", checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["LogsyncCallback"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+
+
 def main() -> None:
-    sys.argv = [EXAMPLE, "--output-dir", str(FOLDER / "example"), "--steps", "40"]
-    example = runpy.run_path(EXAMPLE, run_name="__main__")
+    example = run_example("--output-dir", str(FOLDER / "example"), "--steps", "40")
+    if dist.get_rank() == 0:
+        forget_logsync()
+    dist.barrier()
+    run_example("--output-dir", str(FOLDER / "older"), "--steps", "20", "--resume")
 
     digits = [{"pixels": torch.rand(64), "labels": label % 10} for label in range(64)]
     callback = LogsyncCallback(7, run_dir=FOLDER / "agreed", sinks=["jsonl"])
