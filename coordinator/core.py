@@ -15,7 +15,7 @@ from logsync.coordinator.errors import (
     AgreedError,
     BadType,
     BadValue,
-    ConfigMismatch,
+    ConfigError,
     CoordinatorFailed,
     FrameTooLarge,
     LogsyncError,
@@ -121,6 +121,7 @@ class Coordinator:
         run_dir: where the files of the log go.
         keep_run_dir: the user chose `run_dir`, so a state that is loaded does not change it.
         attempt: which start of the job this is.
+        refusal: why rank 0 cannot log as it was told to; all ranks raise it when they connect.
 
     Attributes:
         frequency_manager: the one authority on when a log is due.
@@ -143,6 +144,7 @@ class Coordinator:
         run_dir: str,
         keep_run_dir: bool = False,
         attempt: int = 0,
+        refusal: str = "",
     ) -> None:
         self.frequency_manager = FrequencyManager(settings.log_frequency, settings.mode, settings.frequency_type)
         if len(run_dir.encode()) > MAX_PATH:
@@ -157,6 +159,7 @@ class Coordinator:
         self.first_seq = 0
         self.refused_load = False
         self._settings = settings
+        self._refusal = refusal
         self._world_size = world_size
         self._members = range(world_size)  # whose frames make a round
         self._run = run
@@ -174,6 +177,7 @@ class Coordinator:
         self._merged: dict[str, int] = {}  # see `remembered`
         self._round_times = (0.0, 0.0)  # of the last round and of this one
         self._waits_from: float | None = None  # when the round before the last entry's was
+        self._first_of_epoch = -1  # the round after the one that ended an epoch
 
     def handle(
         self, frames: Sequence[bytes | bytearray | memoryview], now: float = 0.0
@@ -198,6 +202,8 @@ class Coordinator:
         try:
             if number == 0:
                 check_hellos(read_hellos(frames, self._world_size), self._world_size)
+                if self._refusal:
+                    raise ConfigError(self._refusal)  # noqa: TRY301 - as what is found in the hellos
                 decision = self._decision(number)
             else:
                 reports = read_reports(frames, self._run, number, self._world_size, self._members)
@@ -210,7 +216,7 @@ class Coordinator:
                     said = (*decision.notices[:63], "what followers recorded is left out: the reply would be too large")
                     decision = msgspec.structs.replace(decision, notices=said)
             reply = _encoded(decision)
-        except (AgreedError, ConfigMismatch) as error:
+        except (AgreedError, ConfigError) as error:
             return self._rejected(moment, number, error, over), ()
         except Exception as error:  # noqa: BLE001 - a failing root must reach every rank, or they wait for ever
             text = f"the coordinator failed in round {number}: {type(error).__name__}: {error}"
@@ -299,6 +305,9 @@ class Coordinator:
             new_epoch = NewEpoch(over.call, max(0, over.call - self._entry_call) + self._missed)
             self._cadence.clear()
             self._steps.clear()
+            # What ranks did between the epochs is nobody's wait, nor is that they come back at different times.
+            self._waits_from = None
+            self._first_of_epoch = number + 1
         return Decision(
             protocol=PROTOCOL,
             run=self._run,
@@ -404,7 +413,7 @@ class Coordinator:
         self.entries_made += 1
         self._entry_call = call
         self._missed = 0
-        self._waits_from = self._round_times[0]
+        self._waits_from = None if self._round == self._first_of_epoch + 1 else self._round_times[0]
         return entry
 
     def _check_steps(self, active: list[Report], counting: Report) -> None:

@@ -184,6 +184,7 @@ class LogClosed(LogsyncError):
 
 
 _ON_THE_WIRE: dict[str, type[LogsyncError]] = {
+    "config": ConfigError,
     "config_mismatch": ConfigMismatch,
     "round_mismatch": RoundMismatch,
     "state_mismatch": StateMismatch,

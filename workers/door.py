@@ -125,6 +125,7 @@ def connect(
 
     Raises:
         TypeError, ValueError: an argument makes no sense.
+        ConfigError: a sink's package is not installed where rank 0 runs; on the other ranks none is needed.
         LaunchError: a launcher started several ranks but nothing connects them, or its variables are half there.
         ConfigMismatch: ranks gave different settings.
         CollectiveSetupError: the gloo group could not be built.
@@ -171,9 +172,7 @@ def connect(
     if isinstance(found, Placing):
         host = found.place(settings.name, timeout_s=settings.timeout, warn_after_s=warn_after, plan=plan)
     else:
-        if plan is not None:
-            sink_set.load()
-        host = None if plan is None else plan.host(plan.coordinator(), sinks=sink_set)
+        host = None if plan is None else plan.begin(sink_set)
     log = TrainingLog(found, settings, host, given_run_dir=folder, warn_after_s=warn_after)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
     return log

@@ -180,16 +180,19 @@ class HostPlan:
             **options,
         )
 
-    def coordinator(self) -> Coordinator:
-        """Return the coordinator of a run that begins."""
-        return Coordinator(
+    def begin(self, sinks: SinkSet) -> Host:
+        """Return the host of a run that begins; if a sink lacks its package, all ranks are told when they connect."""
+        missing = sinks.load()
+        coordinator = Coordinator(
             self.settings,
             self.world_size,
             run=secrets.token_hex(8),
             run_dir=self.run_dir,
             keep_run_dir=self.keep_run_dir,
             attempt=self.attempt,
+            refusal=missing and f"rank 0 cannot log: {missing}",
         )
+        return self.host(coordinator, sinks=sinks)
 
     def open(self, recovered: Recovered | None) -> Hosted:
         """Make the host in this process, which works for nothing else."""
@@ -202,9 +205,9 @@ class HostPlan:
 
     def _host(self, recovered: Recovered | None) -> Host:
         sinks = SinkSet(self.sinks)
-        sinks.load()
         if recovered is None:
-            return self.host(self.coordinator(), sinks=sinks)
+            return self.begin(sinks)
+        sinks.load()
         coordinator = recall(recovered.memory, self.settings, self.world_size, keep_run_dir=self.keep_run_dir)
         seqs = sorted(recovered.entries)
         oldest = recovered.entries[seqs[0]] if seqs else None

@@ -72,9 +72,10 @@ class Sink(Protocol):
     neither training nor another sink notices: after a failed `open` comes another `open`, after an `OSError` of `write`
     the same entry again, and after any other error the next one.
 
-    A sink may have two more methods. `load()` imports what it needs; it is called early, on rank 0's main thread.
-    `hyperparams(values)` keeps the run's settings; it is called after `open`, again after every further one, and must
-    not mind being called twice.
+    A sink may have two more methods. `load()` imports what it needs, or raises a `ConfigError` that says what to
+    install, which all ranks get from `connect`; it is called early, on rank 0's main thread.
+    `hyperparams(values)` keeps the run's settings, all that were given so far; it is called after `open`, again after
+    every further one and after an `OSError`, and must not mind being called twice.
     """
 
     def open(self, run: RunInfo) -> None:
@@ -87,7 +88,7 @@ class Sink(Protocol):
         """Take one entry. It is this sink's own copy."""
 
     def close(self) -> None:
-        """Flush what is held. Called only after a successful `open`."""
+        """Flush what is held. Called only after a successful `open`, and never while another call does not return."""
 
 
 SinkSpec: TypeAlias = str | Sink | Callable[[LogEntry], object]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from logsync.coordinator.errors import printable
+from logsync.coordinator.errors import ConfigError, printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo, Sink, SinkSpec, make_sink, name_of
 from logsync.coordinator.sinks.lane import Lane, say
@@ -61,16 +61,24 @@ class SinkSet:
         """How many entries each sink has lost so far; sinks that lost none are left out."""
         return {lane.name: lane.lost for lane in self._lanes if lane.lost}
 
-    def load(self) -> None:
-        """Import what the sinks need, now rather than in the middle of training."""
+    def load(self) -> str:
+        """Import what the sinks need, now rather than in the middle of training; only where they run.
+
+        Returns:
+            What must be installed first; empty if nothing is missing.
+        """
+        missing: list[str] = []
         for lane, sink in zip(self._lanes, self._sinks, strict=True):
             load = getattr(sink, "load", None)
             if load is not None:
                 try:
                     load()
+                except ConfigError as error:
+                    missing.append(str(error))
                 except Exception as error:  # noqa: BLE001 - opening the sink will say the same, and no rank waits for us
                     text = "sink %s could not be loaded: %s: %s"
                     say(logging.WARNING, text, lane.name, type(error).__name__, printable(str(error)))
+        return "; ".join(missing)
 
     def prepare(self, run: RunInfo) -> None:
         """Say what run the entries to come belong to; open sinks are closed, to open again with this run."""
@@ -139,14 +147,9 @@ class SinkSet:
             ended = lane.wait(deadline)
             lost = count + lane.give_up()
             if lost or not ended:
-                say(
-                    logging.ERROR,
-                    "sink %s %s within %g s: %d entries were not written to it",
-                    lane.name,
-                    "was not done" if ended else "did not end",
-                    self._close_timeout_s,
-                    lost,
-                )
+                became = "was not done" if ended else "did not end"
+                how = f"{became} within {self._close_timeout_s:g} s" if lane.has_thread else "never had a thread"
+                say(logging.ERROR, "sink %s %s: %d entries were not written to it", lane.name, how, lost)
         for lane in self._lanes:
             if lane.lost:
                 said = f"; last error: {lane.last_error}" if lane.last_error else ""

@@ -111,6 +111,11 @@ class Lane:
         self._serve_on_a_thread()
 
     @property
+    def has_thread(self) -> bool:
+        """Whether a thread was started; without an entry, or where the system has none to give, there is none."""
+        return self._thread is not None
+
+    @property
     def is_idle(self) -> bool:
         """Whether everything that was queued is done."""
         with self._changed:

@@ -29,6 +29,7 @@ _ANSWER_S = 10
 # MLflow's own limits.
 _LONGEST_NAME = 250
 _LONGEST_PARAM = 6000
+_MOST_METRICS = 999  # in one request, beside a tag
 _FORBIDDEN = re.compile(r"[^\w.\- :/]")
 
 
@@ -36,8 +37,9 @@ class MlflowSink:
     """One MLflow run for the job, at the tracking URI given, or MLflow's own choice (`MLFLOW_TRACKING_URI`).
 
     The run belongs to the experiment of `MLFLOW_EXPERIMENT_NAME` or `MLFLOW_EXPERIMENT_ID` (else "Default"). It is
-    found again by its tag `logsync.run_id`, or is the one of `MLFLOW_RUN_ID`. An entry is one request. MLflow cannot
-    take points back: what it holds already when a run resumes is not logged again, so no point is doubled.
+    found again by its tag `logsync.run_id`, or is the one of `MLFLOW_RUN_ID`. An entry is one request; of more than
+    999 metrics, some. `MLFLOW_ENABLE_ASYNC_LOGGING` is not followed, because it hides what fails. MLflow cannot take
+    points back: what it holds already when a run resumes is not logged again, so no point is doubled.
 
     Names have "_" for what MLflow does not permit; where two would become one, the later gets a suffix. MLflow's steps
     are whole numbers: epochs with a fraction stand at millionths, an entry without a step where the one before it
@@ -49,17 +51,18 @@ class MlflowSink:
 
     def __init__(self, tracking_uri: str | None = None) -> None:
         self._given_uri = tracking_uri
-        require("mlflow", "mlflow")
         self._mlflow: Any = None
         self._client: Any = None
         self._uri = ""
         self._run_id = ""
         self._replay: Replay | None = None
+        self._held = LastLogged()
         self._axis = Axis()
         self._names = _Names()
 
     def load(self) -> None:
         """Import mlflow."""
+        require("mlflow", "mlflow")
         self._mlflow = importlib.import_module("mlflow")
         importlib.import_module("mlflow.utils.rest_utils")
 
@@ -73,14 +76,13 @@ class MlflowSink:
         if found.info.status != "RUNNING":
             client.update_run(found.info.run_id, status="RUNNING")
         self._run_id = found.info.run_id
-        held = _last_logged(found.data.tags.get(_LAST_TAG, ""))
-        self._axis = Axis()
-        if held is not None:
-            self._axis = Axis(fractions=held.fractions)
+        self._held = held = _last_logged(found.data.tags.get(_LAST_TAG, "")) or LastLogged()
+        self._axis = Axis(fractions=held.fractions)
+        if held.step is not None:
             self._axis.place(held.seq, held.step)
         self._replay = Replay("MLflow", run, held)
         self._client = client
-        missing = run.unwritten(-1 if held is None else held.seq)
+        missing = held.missing_entry(run)
         if missing is not None:
             self.write(missing)
 
@@ -99,12 +101,13 @@ class MlflowSink:
                 printable(", ".join(changed)),
             )
         new = [self._mlflow.entities.Param(name, text) for name, text in wanted.items() if name not in held]
-        client.log_batch(self._run_id, params=new)
+        client.log_batch(self._run_id, params=new, synchronous=True)
 
     def write(self, entry: LogEntry) -> None:
         """Log the entry, unless the run holds it from before a resume."""
         client = self._opened()
         if self._replay is not None and self._replay.covers(entry):
+            self._held = self._held.without(entry.seq)
             return
         self._check_it_answers()
         place = self._axis.place(entry.seq, entry.step)
@@ -114,11 +117,15 @@ class MlflowSink:
             self._mlflow.entities.Metric(name, values[key], milliseconds, place)
             for key, name in self._names.of(values).items()
         ]
-        last = LastLogged(entry.seq, entry.step, self._axis.fractions)
-        tag = self._mlflow.entities.RunTag(_LAST_TAG, msgspec.json.encode(last).decode())
-        # The same entry sent twice is one to MLflow, so a retry doubles nothing.
+        held = self._held.and_then(entry.seq, entry.step, fractions=self._axis.fractions)
+        tag = self._mlflow.entities.RunTag(_LAST_TAG, msgspec.json.encode(held).decode())
+        # The tag says that the entry is there, so it comes with the last of its metrics; MLflow would send it first.
+        # The same metrics sent twice are one to MLflow, so a retry doubles nothing.
+        *others, last = _parts(metrics)
         try:
-            client.log_batch(self._run_id, metrics=metrics, tags=[tag])
+            for part in others:
+                client.log_batch(self._run_id, metrics=part, synchronous=True)
+            client.log_batch(self._run_id, metrics=last, tags=[tag], synchronous=True)
         except self._mlflow.MlflowException as error:
             cause = error.__cause__ or error.__context__
             # Not so a server that has refused this one again and again: it would keep all others waiting.
@@ -126,6 +133,7 @@ class MlflowSink:
                 msg = f"the MLflow server at {_without_password(self._uri)} went away: {type(cause).__name__}"
                 raise ConnectionError(msg) from None  # as below
             raise
+        self._held = held
 
     def close(self) -> None:
         """Mark the run as finished; a second call does nothing."""
@@ -223,6 +231,11 @@ def _permitted(key: str) -> str:
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 9]}-{zlib.crc32(key.encode()):08x}"
     return name or "_"
+
+
+def _parts(metrics: list[Any]) -> list[list[Any]]:
+    """Return `metrics` as what one request takes each; at least one part, that may be empty."""
+    return [metrics[start : start + _MOST_METRICS] for start in range(0, max(1, len(metrics)), _MOST_METRICS)]
 
 
 def _last_logged(text: str) -> LastLogged | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import socket
 from typing import Any
 
 from logsync.coordinator.errors import ConfigError, printable
@@ -34,7 +36,6 @@ class PrometheusSink:
 
     def __init__(self, address: str = "") -> None:
         self._host, self._port = _parsed(address)
-        require("prometheus_client", "prometheus")
         self._server: Any = None
         self._thread: Any = None
         self._log = ""
@@ -47,10 +48,12 @@ class PrometheusSink:
 
     def load(self) -> None:
         """Import prometheus_client."""
+        require("prometheus_client", "prometheus")
         importlib.import_module("prometheus_client")
 
     def open(self, run: RunInfo) -> None:
         """Begin to serve."""
+        self.load()
         client = importlib.import_module("prometheus_client")
         registry = client.CollectorRegistry()
 
@@ -94,6 +97,9 @@ class PrometheusSink:
             return
         server, self._server = self._server, None
         server.shutdown()
+        # Also for children that were forked meanwhile: they have the socket too, and closing ours would not free it.
+        with contextlib.suppress(OSError):
+            server.socket.shutdown(socket.SHUT_RDWR)
         server.server_close()
         self._thread.join()
 

@@ -8,7 +8,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +49,13 @@ class TensorboardSink:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = absolute(folder)
-        require("tensorboard", "tensorboard")
         self._tb = _Library()
         self._file: Appender | None = None
         self._axis = Axis()
 
     def load(self) -> None:
         """Import tensorboard."""
+        require("tensorboard", "tensorboard")
         self._tb.load()
 
     def open(self, run: RunInfo) -> None:
@@ -62,28 +63,33 @@ class TensorboardSink:
         self._tb.load()
         folder = run.run_dir / "tb" if self._folder is None else self._folder
         folder.mkdir(parents=True, exist_ok=True)
-        kept: list[_Point] = []
-        purged = None
+        old = _Old()
         if run.continues:
-            kept, purged = self._cut_back(folder, run.next_seq)
+            old = self._kept(folder, run.next_seq)
         else:
             set_aside(folder, _our_files(folder))
         self._axis = Axis()
-        for point in kept:
+        for point in old.points:
             self._axis.place(point.seq, point.step)
         path = _new_file(folder)
         file = Appender(path)
         try:
-            file.append(self._beginning(kept, purged))
+            file.append(self._beginning(old))
+            missing = run.unwritten(old.points[-1].seq if old.points else -1)
+            if missing is not None:
+                file.append(self._records_of(missing))
         except BaseException:
             with contextlib.suppress(OSError):
                 file.close()
             path.unlink(missing_ok=True)
             raise
+        try:
+            old.cut_back()  # only now: what moves to the new file is in it
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
         self._file = file
-        missing = run.unwritten(kept[-1].seq if kept else -1)
-        if missing is not None:
-            self.write(missing)
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Show them in the HPARAMS tab."""
@@ -92,17 +98,7 @@ class TensorboardSink:
 
     def write(self, entry: LogEntry) -> None:
         """Append the entry's points as one record, and before it one that says which entry it is."""
-        file = self._opened()
-        place = self._axis.place(entry.seq, entry.step)
-        value = self._tb.summary.Summary.Value
-        points = [value(tag=key, simple_value=number) for key, number in flat_metrics(entry).items()]
-        mark = self._tb.events.SessionLog(
-            status=self._tb.events.SessionLog.CHECKPOINT, msg=_text_of(_Mark(entry.seq, entry.step))
-        )
-        file.append(
-            self._tb.record(wall_time=entry.time, step=place, session_log=mark)
-            + self._tb.record(wall_time=entry.time, step=place, summary=self._tb.summary.Summary(value=points))
-        )
+        self._opened().append(self._records_of(entry))
 
     def close(self) -> None:
         """Bring the file to the disk and close it; a second call does nothing."""
@@ -116,49 +112,87 @@ class TensorboardSink:
             raise ValueError(msg)
         return self._file
 
-    def _beginning(self, kept: list[_Point], purged: int | None) -> bytes:
+    def _records_of(self, entry: LogEntry) -> bytes:
+        place = self._axis.place(entry.seq, entry.step)
+        value = self._tb.summary.Summary.Value
+        points = [value(tag=key, simple_value=number) for key, number in flat_metrics(entry).items()]
+        mark = self._tb.events.SessionLog(
+            status=self._tb.events.SessionLog.CHECKPOINT, msg=_text_of(_Mark(entry.seq, entry.step))
+        )
+        return self._tb.record(wall_time=entry.time, step=place, session_log=mark) + self._tb.record(
+            wall_time=entry.time, step=place, summary=self._tb.summary.Summary(value=points)
+        )
+
+    def _beginning(self, old: _Old) -> bytes:
         now = time.time()
         start = self._tb.events.SessionLog(status=self._tb.events.SessionLog.START)
         records = [
             self._tb.record(wall_time=now, file_version="brain.Event:2"),
-            self._tb.record(wall_time=now, step=_NOTHING if purged is None else purged, session_log=start),
+            self._tb.record(wall_time=now, step=_NOTHING if old.purged is None else old.purged, session_log=start),
         ]
-        if purged is not None:
-            # A purge takes whole steps, but an entry of the same step may have been written before the checkpoint.
-            records += [point.read() for point in kept if point.place >= purged]
-        return b"".join(records)
+        return b"".join([*records, *(point.read() for point in old.moved)])
 
-    def _cut_back(self, folder: Path, next_seq: int) -> tuple[list[_Point], int | None]:
-        """Cut entries from `next_seq` on off our files.
-
-        Returns:
-            The entries that stay, and the first place on the axis that lost a point, if one did.
-        """
-        kept: list[_Point] = []
+    def _kept(self, folder: Path, next_seq: int) -> _Old:
+        """Find what stays of our files when entries from `next_seq` on go; nothing is changed yet."""
+        found: dict[Path, list[_Point]] = {}
+        ends: dict[Path, int] = {}
         lost: list[int] = []
         for path in _our_files(folder):
-            keep = 0
-            points: list[_Point] = []
-            was_mark = False
-            for record in _records(path):
-                event = self._tb.event(record.data)
-                if event is None:
-                    break
-                mark = _mark_of(event.session_log.msg) if event.HasField("session_log") else None
-                if mark is not None:
-                    points.append(_Point(mark.seq, mark.step, event.step, path, record.start, record.end))
-                elif was_mark:
-                    points[-1] = points[-1]._replace(end=record.end)
-                was_mark = mark is not None
-                keep = record.end
+            points, end = self._points_of(path)
             gone = next((n for n, point in enumerate(points) if point.seq >= next_seq), len(points))
             lost += [point.place for point in points[gone:]]
-            if gone < len(points):
-                keep = points[gone].start
-            kept += points[:gone]
-            if keep < path.stat().st_size:
-                os.truncate(path, keep)
-        return kept, min(lost, default=None)
+            ends[path] = points[gone].start if gone < len(points) else end
+            found[path] = points[:gone]
+        # One for each seq: a start that was killed while it opened may have left copies.
+        kept = {point.seq: point for path in reversed(found) for point in reversed(found[path])}
+        purged = min(lost, default=None)
+        while True:  # what moves along may stand at an earlier step, if steps went back
+            first = {path: _first_from(points, purged) for path, points in found.items()}
+            moved = [point for path, points in found.items() for point in points[first[path] :]]
+            earliest = min([*lost, *(point.place for point in moved)], default=None)
+            if earliest == purged:
+                break
+            purged = earliest
+        for path, points in found.items():
+            if first[path] < len(points):
+                ends[path] = points[first[path]].start
+        return _Old(
+            tuple(sorted(kept.values(), key=attrgetter("seq"))),
+            tuple(point for point in moved if kept[point.seq] is point),
+            purged,
+            ends,
+        )
+
+    def _points_of(self, path: Path) -> tuple[list[_Point], int]:
+        """Return a file's whole entries, each with what follows it, and where what is torn begins."""
+        points: list[_Point] = []
+        mark: _Mark | None = None
+        end = marked_at = 0
+        whole = self._whole_end(path)
+        for record in _records(path):
+            event = self._tb.event(record.data) if record.end <= whole else None
+            if event is None:
+                break
+            if mark is not None:  # this is what it announced
+                points.append(_Point(mark.seq, mark.step, event.step, path, marked_at, record.end))
+                mark = None
+            elif event.HasField("session_log"):
+                mark, marked_at = _mark_of(event.session_log.msg), record.start
+            elif points:
+                points[-1] = points[-1]._replace(end=record.end)
+            end = end if mark is not None else record.end
+        return points, end
+
+    def _whole_end(self, path: Path) -> int:
+        """Return where what a crash has torn begins: only at the end, so no other checksum is looked at."""
+        records = [(record.start, record.end) for record in _records(path)]
+        with path.open("rb") as file:
+            for start, end in reversed(records):
+                file.seek(start)
+                raw = file.read(end - start)
+                if self._tb.framed(raw[_HEAD.size : -_TAIL]) == raw:
+                    return end
+        return 0
 
 
 _MARK = "logsync "
@@ -186,7 +220,7 @@ def _mark_of(text: str) -> _Mark | None:
 
 
 class _Point(NamedTuple):
-    """An entry in a file: its mark and its scalars."""
+    """An entry in a file: its mark, its scalars, and what follows them."""
 
     seq: int
     step: Step
@@ -199,6 +233,34 @@ class _Point(NamedTuple):
         with self.path.open("rb") as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
+
+
+class _Old(NamedTuple):
+    """What earlier starts left.
+
+    Attributes:
+        points: what stays.
+        moved: those of them that go to the new file: a purge takes whole steps, and so a point of such a step too
+            that was written before the checkpoint.
+        purged: the first place on the axis to be purged, None if there is none.
+        ends: where each file is to be cut.
+    """
+
+    points: tuple[_Point, ...] = ()
+    moved: tuple[_Point, ...] = ()
+    purged: int | None = None
+    ends: Mapping[Path, int] = {}
+
+    def cut_back(self) -> None:
+        """Cut the files."""
+        for path, end in self.ends.items():
+            if end < path.stat().st_size:
+                os.truncate(path, end)
+
+
+def _first_from(points: Sequence[_Point], place: int | None) -> int:
+    """Return the index of the first point at `place` or behind it."""
+    return next((n for n, point in enumerate(points) if place is not None and point.place >= place), len(points))
 
 
 class _Record(NamedTuple):
@@ -242,8 +304,12 @@ class _Library:
 
     def record(self, **fields: Any) -> bytes:
         """Return an event as it lies in a file."""
+        return self.framed(self.events.Event(**fields).SerializeToString())
+
+    def framed(self, data: bytes) -> bytes:
+        """Return `data` as a record: with its length and the checksums."""
         buffer = _Buffer()
-        self._writer(buffer).write(self.events.Event(**fields).SerializeToString())
+        self._writer(buffer).write(data)
         return bytes(buffer.data)
 
 

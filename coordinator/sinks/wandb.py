@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
@@ -16,8 +19,10 @@ from logsync.coordinator.waits import flat_metrics
 
 __all__ = ["WandbSink"]
 
-_INIT_S = 30.0
-_FINISH_S = 30.0
+# Within what close() may take in all, and W&B's own process keeps the job's for no longer.
+_INIT_S = 8.0
+_FINISH_S = 8.0
+_HELD = "logsync/held"
 
 
 class WandbSink:
@@ -29,20 +34,22 @@ class WandbSink:
 
     `WANDB_MODE`, `WANDB_DIR`, `WANDB_NAME`, `WANDB_RUN_ID` and W&B's other variables are honoured; files go to
     `run_dir/wandb` and the name is the run folder's otherwise. Nobody is ever asked for a key: without one, and not
-    offline, `open` raises and says so. It gives up on a server that is silent for 30 s (`WANDB_INIT_TIMEOUT`), `close`
-    on uploads that take longer than 30 s (`WANDB_FINISH_TIMEOUT`); those stay on disk for `wandb sync`. The console is
-    not captured unless `WANDB_CONSOLE` says so.
+    offline, `open` raises and says so. It gives up on a server that is silent for 8 s (`WANDB_INIT_TIMEOUT`), and tries
+    again later; `close` on uploads that take longer than 8 s (`WANDB_FINISH_TIMEOUT`), which stay on disk for
+    `wandb sync`. The console is not captured unless `WANDB_CONSOLE` says so, and W&B's reports of its own errors are
+    off unless `WANDB_ERROR_REPORTING` says so.
     """
 
     def __init__(self, project: str | None = None) -> None:
         self._project = project
-        require("wandb", "wandb")
         self._run: Any = None
         self._replay: Replay | None = None
-        self._last_step: int | float | None = None
+        self._held = LastLogged()
+        self._tells_what_it_holds = False
 
     def load(self) -> None:
         """Import wandb."""
+        require("wandb", "wandb")
         importlib.import_module("wandb")
 
     def open(self, run: RunInfo) -> None:
@@ -51,7 +58,11 @@ class WandbSink:
         Raises:
             RuntimeError: there is no API key, and W&B is neither offline nor disabled.
         """
+        self.load()
         wandb: Any = importlib.import_module("wandb")
+        if "WANDB_SERVICE" not in os.environ:  # W&B's own process does not run yet
+            # Where the host for its own errors cannot be reached, as on many clusters, it holds up the job's end.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         mode = "offline" if wandb.run is not None and wandb.run.offline else None
         if mode is None and not _may_log_in(wandb):
             msg = (
@@ -69,14 +80,21 @@ class WandbSink:
             mode=mode,
             settings=wandb.Settings(**_settings()),
         )
+        try:
+            self._begin(run)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.close()
+            raise
+
+    def _begin(self, run: RunInfo) -> None:
         # Every chart over our step. W&B's own counts calls, refuses to go back, and knows no fractions.
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("seq", hidden=True)
+        for name in ("step", "seq", _HELD):
+            self._run.define_metric(name, hidden=True)
         self._run.define_metric("*", step_metric="step")
-        held = _held(self._run) if run.resumed else None
-        self._replay = Replay("W&B", run, held)
-        self._last_step = None if held is None else held.step
-        missing = run.unwritten(-1 if held is None else held.seq)
+        self._held, self._tells_what_it_holds = _held(self._run) if run.resumed else (LastLogged(), False)
+        self._replay = Replay("W&B", run, self._held)
+        missing = self._held.missing_entry(run)
         if missing is not None:
             self.write(missing)
 
@@ -88,13 +106,21 @@ class WandbSink:
         """Log the entry, unless the run holds it from before a resume."""
         run = self._opened()
         if self._replay is not None and self._replay.covers(entry):
+            self._tells_what_it_holds = self._tells_what_it_holds or entry.seq > self._held.seq
+            self._held = self._held.without(entry.seq)
             return
+        before, held = self._held.step, self._held.and_then(entry.seq, entry.step)
         step = entry.step
         if step is None:  # a point that lacks its axis is not drawn
-            step = entry.seq if self._last_step is None else self._last_step
-        else:
-            self._last_step = step
-        run.log({**flat_metrics(entry), "step": step, "seq": entry.seq})
+            step = entry.seq if before is None else before
+            held = msgspec.structs.replace(held, step=before)
+        row: dict[str, float | str] = {**flat_metrics(entry), "step": step, "seq": entry.seq}
+        # Where rows alone do not tell it; of a run that is resumed online, W&B shows no other row than the newest.
+        if self._tells_what_it_holds or held != LastLogged(entry.seq, held.step):
+            self._tells_what_it_holds = True
+            row[_HELD] = msgspec.json.encode(held).decode()
+        run.log(row)
+        self._held = held
 
     def close(self) -> None:
         """Finish the run; what was not uploaded in time stays on disk. A second call does nothing."""
@@ -109,17 +135,20 @@ class WandbSink:
         return self._run
 
 
-def _held(run: Any) -> LastLogged | None:
-    """Return the newest entry that W&B holds from before the resume."""
+def _held(run: Any) -> tuple[LastLogged, bool]:
+    """Return what W&B holds from before the resume, and whether it was told to W&B in its rows."""
+    held = LastLogged()
     if run.offline:  # nobody else knows
-        last = None
         for row in history(Path(run.dir).parents[1], run.id):
-            last = row if "seq" in row else last
-    else:
-        last = {key: run.summary.get(key) for key in ("seq", "step")}
-    if last is None or last["seq"] is None:
-        return None
-    return LastLogged(int(last["seq"]), last.get("step"))
+            if _HELD in row:
+                held = msgspec.json.decode(row[_HELD], type=LastLogged)
+            elif "seq" in row:
+                held = held.and_then(int(row["seq"]), row.get("step"))
+        return held, False
+    seq, step, told = (run.summary.get(key) for key in ("seq", "step", _HELD))
+    if isinstance(told, str):
+        return msgspec.json.decode(told, type=LastLogged), True
+    return (held if seq is None else LastLogged(int(seq), step)), False
 
 
 def _settings() -> dict[str, object]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -25,7 +26,9 @@ from logsync.coordinator.errors import Step
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.mlflow import MlflowSink
-from support.sinks import entry, feed, run
+from logsync.workers import connect
+from support.sinks import entry, feed, run, wait_for
+from support.torchrun import entries
 
 _START_S = 90
 
@@ -200,6 +203,41 @@ def test_an_entry_with_more_metrics_than_a_request_takes_arrives_whole(log: Logg
     assert sorted(metric["value"] for metric in found["data"]["metrics"]) == [float(n) for n in range(1100)]
 
 
+def test_an_entry_that_is_sent_in_parts_counts_as_stored_only_when_all_are_there(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"m{n}": float(n) for n in range(1100)}
+    sink = log.start(entry(0, many), close=False)
+    send, requests = sink._client.log_batch, []
+
+    def killed_at_the_second(run_id: str, metrics: list[Any], tags: object = (), **options: object) -> None:
+        requests.append(len(metrics))
+        if len(requests) == 2:
+            raise KeyboardInterrupt
+        send(run_id, metrics, tags=tags, **options)
+
+    monkeypatch.setattr(sink._client, "log_batch", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sink.write(entry(1, many))
+    assert requests == [999, 101]
+
+    log.start(entry(1, many), entry(2, many), next_seq=1, resumed=True)
+    assert [step for step, _ in log.points("m0")] == [0, 10, 20]
+    assert [step for step, _ in log.points("m1099")] == [0, 10, 20]
+
+
+def test_a_failure_is_seen_although_the_environment_asks_for_logging_in_the_background(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    sink = log.start(entry(0), close=False)
+    (found,) = log.server.runs(log.run_id)
+    log.server.ask("runs/delete", {"run_id": found["info"]["run_id"]})
+
+    with pytest.raises(Exception, match="must be in the 'active' state"):
+        sink.write(entry(1))
+
+
 def test_hyperparameters_are_parameters_and_the_first_value_stays(
     log: Logging, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +268,15 @@ def test_a_resumed_job_continues_its_run_and_doubles_no_step(log: Logging, *, ki
     sink.close()
 
     assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5), (40, 2.0), (50, -1.0), (60, -1.0)]
+
+
+def test_what_an_attempt_lost_is_logged_by_the_next(log: Logging) -> None:
+    log.start(entry(0), entry(1), entry(4), close=False)
+
+    log.start(*map(entry, range(1, 4)), next_seq=1, resumed=True, close=False)
+    log.start(*(entry(seq, {"loss": -1.0}, time=9.0) for seq in range(1, 6)), next_seq=1, resumed=True)
+
+    assert log.points("loss") == [(0, 0.0), (10, 0.5), (20, 1.0), (30, 1.5), (40, 2.0), (50, -1.0)]
 
 
 def test_the_checkpoints_entry_that_a_kill_kept_from_the_run_is_added(log: Logging) -> None:
@@ -321,6 +368,34 @@ def test_a_server_that_is_stopped_fails_an_entry_within_a_bound_and_takes_it_aft
     sink.close()
 
     assert log.points("loss") == [(0, 0.0), (10, 0.5)]
+
+
+def test_a_thousand_logs_beside_a_server_that_stops_are_all_in_the_file_and_what_it_lacks_is_counted(
+    log: Logging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    job = connect(1, run_dir=log.folder, sinks=["jsonl", f"mlflow:{log.server.uri}"])
+    assert job._host is not None
+    sinks, run_id = job._host._sinks, job._host.coordinator.run_id
+
+    def go_on(steps: range) -> None:
+        for step in steps:
+            job.record(loss=float(step))
+            assert job.log_ready(step)
+
+    go_on(range(20))
+    job._host.release()
+    assert sinks.flush(60)
+    with log.server.stopped():
+        go_on(range(20, 1000))
+        begun = time.monotonic()
+        job.close()
+        assert time.monotonic() - begun < 20  # 10 s is the bound; the rest is for a machine that is busy
+        wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("logsync-")])
+
+    assert [entry["loss"] for entry in entries(log.folder)] == [float(step) for step in range(1000)]
+    assert log.server.points(run_id, "loss") == [(step, float(step)) for step in range(20)]
+    assert sinks.lost == {f"mlflow:{log.server.uri}": 980}
 
 
 def test_a_server_that_never_answers_or_is_not_there_is_an_error_without_its_password(

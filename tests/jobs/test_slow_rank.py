@@ -41,7 +41,9 @@ def test_a_rank_that_sleeps_is_named_in_the_entries_on_all_ranks(job: Ran) -> No
 def test_a_rank_that_sleeps_is_named_on_the_console_with_its_host(job: Ran) -> None:
     host = re.escape(ascii(socket.gethostname())[1:-1][:64])
 
-    assert re.search(rf"\(slowest: rank 1 on {host}, others waited up to 0\.\d\d s of 0\.\d\d s for it\)", job.output)
+    assert re.search(
+        rf"\(slowest: rank 1 on {host}, others waited up to \d+\.\d\d s of \d+\.\d\d s for it\)", job.output
+    )
 
 
 def test_a_timer_names_the_rank_whose_section_takes_longest(job: Ran) -> None:

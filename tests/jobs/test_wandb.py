@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from support.torchrun import torchrun
 from support.wandb_files import OfflineRun, offline_runs
 
 SCRIPT = Path(__file__).parent / "scripts" / "wandb_sink.py"
@@ -68,6 +69,10 @@ def started(tmp_path_factory: pytest.TempPathFactory, silent: str) -> dict[str, 
         "killed": Started("killed", folder / "killed", WANDB_MODE="offline"),
         "disabled": Started("disabled", folder / "disabled", WANDB_MODE="disabled"),
         "beside_the_users": Started("beside_the_users", folder / "mine", WANDB_MODE="offline"),
+        "gaps": Started("gaps", folder / "gaps", WANDB_MODE="offline"),
+        "paces": Started("paces", folder / "paces", WANDB_MODE="offline"),
+        "fails_to_open": Started("fails_to_open", folder / "fails", WANDB_MODE="offline"),
+        "silent_job": Started("silent_job", folder / "silent_job", WANDB_BASE_URL=silent, WANDB_API_KEY="a" * 40),
         "unconfigured": Started("unconfigured", folder / "unconfigured"),
         "silent": Started(
             "unconfigured",
@@ -75,7 +80,6 @@ def started(tmp_path_factory: pytest.TempPathFactory, silent: str) -> dict[str, 
             WANDB_BASE_URL=silent,
             WANDB_API_KEY="a" * 40,
             WANDB_INIT_TIMEOUT="1",
-            WANDB_ERROR_REPORTING="false",  # it holds the process's exit up for 15 s
         ),
     }
 
@@ -105,7 +109,7 @@ def test_a_resumed_run_logs_nothing_that_the_first_attempt_logged(attempts: list
     first, second = attempts
 
     assert [row["step"] for row in first.history + second.history if "loss" in row] == [0, 10, 20, 30, 40, 45]
-    assert second.history[-1] == {"seq": 7, "step": 45, "eval": 1.0}
+    assert second.history[-1].items() >= {"seq": 7, "step": 45, "eval": 1.0}.items()
 
 
 @pytest.mark.usefixtures("attempts")
@@ -131,12 +135,37 @@ def test_a_killed_job_and_its_resume_have_each_entry_once(started: dict[str, Sta
     assert started["killed"].ended()[0] == -9
     folder = started["killed"].folder
     (first,) = offline_runs(folder)
-    assert 50 < len(first.history) < 1000  # what W&B's own process had not written is lost
+    assert len(first.history) > 50  # what W&B's own process had not written is lost
 
     status, output = Started("resumed", folder, WANDB_MODE="offline").ended()
 
     assert status == 0, output
     assert [row["seq"] for found in offline_runs(folder) for row in found.history] == list(range(1010))
+
+
+def test_resumed_twice_at_another_pace_no_step_is_doubled(started: dict[str, Started]) -> None:
+    status, output = started["paces"].ended()
+
+    assert status == 0, output
+    attempts = offline_runs(started["paces"].folder)
+    assert [row["step"] for attempt in attempts for row in attempt.history] == [0, 10, 20, 30, 40, 45, 50]
+
+
+def test_what_an_attempt_lost_is_logged_by_the_next(started: dict[str, Started]) -> None:
+    status, output = started["gaps"].ended()
+
+    assert status == 0, output
+    attempts = offline_runs(started["gaps"].folder)
+    assert sorted(row["seq"] for attempt in attempts for row in attempt.history) == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_open_that_fails_leaves_no_run_open(started: dict[str, Started]) -> None:
+    status, output = started["fails_to_open"].ended()
+
+    assert status == 0, output
+    assert "WARNING" not in output  # of changes to the environment, for one
+    attempts = offline_runs(started["fails_to_open"].folder)
+    assert [row["seq"] for attempt in attempts for row in attempt.history] == [0]
 
 
 def test_disabled_is_honoured(started: dict[str, Started]) -> None:
@@ -154,6 +183,15 @@ def test_a_run_of_the_scripts_own_is_left_as_it_is(started: dict[str, Started]) 
     assert set(found) == {"mine", "ours"}
     assert found["mine"].history == [{"x": 1}]
     assert "*" not in found["mine"].axes
+
+
+def test_a_job_of_several_ranks_has_one_run(tmp_path: Path) -> None:
+    environ = {"WANDB_MODE": "offline", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    job = torchrun(SCRIPT, "job_of_ranks", tmp_path, nproc=2, folder=tmp_path, environ=environ)
+
+    job.assert_clean()
+    (found,) = offline_runs(tmp_path)
+    assert [row["seq"] for row in found.history] == [0, 1, 2]
 
 
 # Not usable
@@ -189,6 +227,15 @@ def test_a_server_that_never_answers_is_an_error_within_a_bound(started: dict[st
     (seconds,) = re.findall(r"after (\d+) s", output)
     assert int(seconds) < 60
     assert re.search(r"^\w*Error: ", output, re.MULTILINE), output
+
+
+def test_a_server_that_never_answers_keeps_the_job_no_longer_than_close_may_take(started: dict[str, Started]) -> None:
+    status, output = started["silent_job"].ended()
+
+    assert status == 0, output
+    assert "sink wandb lost 3 of 3 entries" in output
+    (seconds,) = re.findall(r"it went on for (\d+) s", output)
+    assert int(seconds) < 15  # W&B itself would be waited for for half a minute
 
 
 def read(descriptor: int) -> bytes:

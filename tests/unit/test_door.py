@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,26 +235,64 @@ def test_a_transport_that_does_not_start_is_closed_and_no_folder_is_left(tmp_pat
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_ranks_with_different_settings_all_raise_the_same(tmp_path: Path) -> None:
-    world = ThreadWorld(3, timeout_s=20)
+def connected(world_size: int, settle: Callable[[int], TrainingLog]) -> dict[int, LogsyncError]:
+    """What `settle` raises on each rank; the logs that it returns are closed."""
     raised: dict[int, LogsyncError] = {}
 
     def run(rank: int) -> None:
         try:
-            connect(10 + rank // 2, transport=world.transports[rank])
+            settle(rank).close()
         except LogsyncError as error:
             raised[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
+    return raised
+
+
+def test_ranks_with_different_settings_all_raise_the_same(tmp_path: Path) -> None:
+    world = ThreadWorld(3, timeout_s=20)
+
+    raised = connected(3, lambda rank: connect(10 + rank // 2, transport=world.transports[rank]))
 
     assert [type(raised[rank]) for rank in range(3)] == [ConfigMismatch] * 3
     assert len({str(error) for error in raised.values()}) == 1
     assert raised[0].ranks == (2,)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_package_that_rank_0_lacks_is_an_error_on_all_ranks_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    world = ThreadWorld(3, timeout_s=20)
+
+    raised = connected(3, lambda rank: connect(10, transport=world.transports[rank], sinks=["jsonl", "tensorboard"]))
+
+    assert [type(raised[rank]) for rank in range(3)] == [ConfigError] * 3
+    (said,) = {str(error) for error in raised.values()}
+    assert said.startswith("rank 0 cannot log: the sink 'tensorboard' needs the package tensorboard, which is not inst")
+    assert said.endswith("pip install 'logsync[tensorboard]'")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_package_that_other_ranks_lack_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: find(name) if threading.current_thread().name == "rank 0" else None
+    )
+    world = ThreadWorld(3, timeout_s=20)
+
+    def log_once(rank: int) -> TrainingLog:
+        log = connect(10, transport=world.transports[rank], sinks=["tensorboard"], run_dir=tmp_path / "run")
+        log.write(5, {"loss": 1.0})
+        return log
+
+    assert connected(3, log_once) == {}
+    assert list((tmp_path / "run" / "tb").iterdir()) != []
 
 
 def test_connect_alone_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:

@@ -144,6 +144,23 @@ def test_no_other_module_imports_torch_or_ray_by_itself() -> None:
     }
 
 
+FRAMEWORKS = {
+    "accelerate": {"accelerate"},
+    "huggingface": {"transformers"},
+    "lightning": {"lightning", "pytorch_lightning"},
+}
+
+
+def test_each_integration_imports_its_own_framework_and_nothing_else_imports_any() -> None:
+    every = set().union(*FRAMEWORKS.values())
+    found = {m: top(imports(tree)) & every for m, tree in EVERYTHING.items() if top(imports(tree)) & every}
+
+    assert found == {f"{RANKS}.integrations.{name}": libraries for name, libraries in FRAMEWORKS.items()}
+    for module, tree in EVERYTHING.items():
+        if not module.startswith(f"{RANKS}.integrations"):
+            assert not {name for name in imports(tree) if name.startswith(f"{RANKS}.integrations")}, module
+
+
 def test_no_pickle_and_no_eval_anywhere() -> None:
     for module, tree in EVERYTHING.items():
         assert not top(imports(tree)) & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, module

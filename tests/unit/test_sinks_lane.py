@@ -194,6 +194,7 @@ def test_entries_that_never_found_a_thread_are_counted_at_the_interpreters_exit_
     )
 
     assert ran.returncode == 0, ran.stderr
+    assert "sink jsonl never had a thread: 1 entries were not written to it" in ran.stderr
     assert "sink jsonl lost 1 of 1 entries; last error: RuntimeError: can't create new thread" in ran.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import threading
 import urllib.error
@@ -104,6 +105,27 @@ def test_close_frees_the_port_and_leaves_no_thread() -> None:
     with serving(f"127.0.0.1:{port}") as again:
         assert again.port == port
     assert threading.active_count() == before
+
+
+@pytest.mark.timeout(60)
+def test_close_frees_the_port_although_a_forked_child_lives() -> None:
+    with serving() as sink:
+        port = sink.port
+        ended, end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(end)
+            os.read(ended, 1)
+            os._exit(0)
+        os.close(ended)
+    try:
+        with pytest.raises(urllib.error.URLError):
+            scraped(port)
+        with serving(f"127.0.0.1:{port}") as again:
+            assert "logsync_run_info" in scraped(again.port)
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
 
 
 def test_a_port_that_is_taken_is_an_error_that_names_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from logsync.coordinator.errors import Step
+from logsync.coordinator.sinks.files import Appender
 from logsync.coordinator.sinks.tensorboard import TensorboardSink
 from support.sinks import entry, feed, run
 
@@ -151,6 +153,43 @@ def test_an_entry_before_the_checkpoint_survives_one_of_the_same_step_after_it(t
     assert scalars(tmp_path / "tb") == {"loss": [(0, 0.0), (10, 0.5), (30, 7.0)], "eval": [(10, 2.0)]}
 
 
+def test_many_resumes_from_one_checkpoint_between_two_entries_of_a_step_keep_each_point_once(tmp_path: Path) -> None:
+    feed(TensorboardSink, run(tmp_path), entry(0), entry(1), entry(2, {"loss": 7.0}, step=10), entry(3))
+
+    for attempt in range(1, 4):
+        feed(TensorboardSink, run(tmp_path, 2, resumed=True), entry(2, {"loss": -attempt}, step=10), entry(3))
+        assert scalars(tmp_path / "tb")["loss"] == [(0, 0.0), (10, 0.5), (10, -attempt), (30, 1.5)]
+        reader: Any = event_accumulator.EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=False)
+        reader.Reload()
+        assert [point.step for point in reader.Scalars("loss")] == [0, 10, 10, 30]
+
+
+def test_points_that_move_to_the_new_file_are_not_lost_where_steps_went_back(tmp_path: Path) -> None:
+    feed(TensorboardSink, run(tmp_path), *(entry(seq, step=step) for seq, step in enumerate([0, 50, 10, 20, 40])))
+
+    feed(TensorboardSink, run(tmp_path, 4, resumed=True), entry(4, step=40))
+
+    assert sorted(scalars(tmp_path / "tb")["loss"]) == [(0, 0.0), (10, 1.0), (20, 1.5), (40, 2.0), (50, 0.5)]
+
+
+def test_a_start_that_was_killed_before_it_cut_the_old_files_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed(TensorboardSink, run(tmp_path), entry(0), entry(1), entry(2, {"loss": 7.0}, step=10))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.truncate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            feed(TensorboardSink, run(tmp_path, 2, resumed=True))
+
+    feed(TensorboardSink, run(tmp_path, 2, resumed=True), entry(2, {"loss": 8.0}, step=10))
+
+    assert scalars(tmp_path / "tb")["loss"] == [(0, 0.0), (10, 0.5), (10, 8.0)]
+
+
 def test_a_tensorboard_that_has_read_the_old_points_forgets_them_too(tmp_path: Path) -> None:
     feed(TensorboardSink, run(tmp_path), *map(entry, range(5)))
     live: Any = event_accumulator.EventAccumulator(str(tmp_path / "tb"))
@@ -185,8 +224,9 @@ def test_fractions_are_remembered_over_a_resume(tmp_path: Path) -> None:
     assert [step for step, _ in scalars(tmp_path / "tb")["loss"]] == [0, 500_000, 1_000_000, 1_000_000]
 
 
-def test_a_file_cut_off_at_any_byte_is_repaired_and_loses_no_whole_entry(tmp_path: Path) -> None:
-    feed(TensorboardSink, run(tmp_path), *map(entry, range(3)))
+def test_a_file_cut_off_at_any_byte_is_repaired_and_has_each_entry_whole_or_not_at_all(tmp_path: Path) -> None:
+    values = [{"loss": seq / 2, "b": 1.0} for seq in range(3)]
+    feed(TensorboardSink, run(tmp_path), *map(entry, range(3), values))
     (file,) = (tmp_path / "tb").iterdir()
     whole = file.read_bytes()
     counts = set()
@@ -195,12 +235,37 @@ def test_a_file_cut_off_at_any_byte_is_repaired_and_loses_no_whole_entry(tmp_pat
         for path in (tmp_path / "tb").iterdir():
             path.unlink()
         file.write_bytes(whole[:length] + (b"\0" * 64 if length % 2 else b""))
-        feed(TensorboardSink, run(tmp_path, 3, resumed=True), entry(3))
+        feed(TensorboardSink, run(tmp_path, 3, resumed=True, last_entry=entry(2, values[2])), entry(3))
 
         found = scalars(tmp_path / "tb")["loss"]
         assert found == [(seq * 10, seq / 2) for seq in range(len(found) - 1)] + [(30, 1.5)], length
+        assert [step for step, _ in scalars(tmp_path / "tb").get("b", [])] == [step for step, _ in found[:-1]]
         counts.add(len(found))
-    assert counts == {1, 2, 3}
+    # With two entries there, the checkpoint has the third.
+    assert counts == {1, 2, 4}
+
+
+def test_an_open_that_fails_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed(TensorboardSink, run(tmp_path), entry(0), entry(1), entry(2, step=10))
+    before = {path: path.read_bytes() for path in (tmp_path / "tb").iterdir()}
+    append, room = Appender.append, [0]
+
+    def full(file: Appender, data: bytes) -> None:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= 1
+        append(file, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Appender, "append", full)
+        for appends in (0, 1):
+            room[0] = appends
+            with pytest.raises(OSError, match="No space left"):
+                TensorboardSink().open(run(tmp_path, 4, resumed=True, last_entry=entry(3)))
+        assert {path: path.read_bytes() for path in (tmp_path / "tb").iterdir()} == before
+
+    feed(TensorboardSink, run(tmp_path, 2, resumed=True), entry(2, {"loss": 9.0}, step=10))
+    assert scalars(tmp_path / "tb")["loss"] == [(0, 0.0), (10, 0.5), (10, 9.0)]
 
 
 def test_bytes_that_are_no_event_end_an_old_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from logsync.coordinator.errors import ConfigError, Step
-from logsync.coordinator.sinks.base import make_sink
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.trackers import LastLogged, Replay, flat, require
 from support.sinks import entry, run
 
@@ -44,6 +44,72 @@ def test_without_steps_numbers_decide() -> None:
 
 def test_after_the_first_new_entry_nothing_is_skipped_even_if_steps_go_back() -> None:
     assert logged(LastLogged(4, 40), 4, [(4, 50), (5, 20), (6, 30)]) == [(4, 50), (5, 20), (6, 30)]
+
+
+def held_after(*points: tuple[int, Step]) -> LastLogged:
+    held = LastLogged()
+    for seq, step in points:
+        held = held.and_then(seq, step)
+    return held
+
+
+def test_steps_that_go_back_neither_double_what_is_held_nor_hide_what_is_new() -> None:
+    points: Points = [(15, 80), (16, 90), (17, 100), (18, 0), (19, 2), (20, 5)]
+    held = held_after(*points)
+
+    assert logged(held, 15, [*points, (21, 10), (22, 3)]) == [(21, 10), (22, 3)]
+    # At half the pace, the counter begins anew: what the tracker has of that cannot be told from the steps.
+    half: Points = [*((n, n) for n in range(15, 21)), (21, 0), (22, 4)]
+    assert logged(held, 15, half) == [(21, 0), (22, 4)]
+
+
+def test_what_an_earlier_attempt_lost_is_logged_by_a_later_one_and_the_rest_is_not() -> None:
+    held = held_after(*((n, n) for n in (0, 1, 2, 3, 4, 10)))
+    again: Points = [(n, n) for n in range(5, 13)]
+
+    assert logged(held, 5, again) == [(n, n) for n in (5, 6, 7, 8, 9, 11, 12)]
+    # That one is killed when it has filled a part of the gap.
+    for n in (5, 6):
+        held = held.and_then(n, n)
+    assert (held.seq, held.gaps) == (10, ((7, 9),))
+    assert logged(held, 5, again) == [(n, n) for n in (7, 8, 9, 11, 12)]
+    assert held.and_then(8, 8).gaps == ((7, 7), (9, 9))
+
+
+def test_what_is_left_out_at_another_pace_is_no_gap() -> None:
+    held = held_after((0, 0), (1, 10), (2, 20)).without(3).without(2).and_then(4, 30)
+
+    assert (held.seq, held.step, held.gaps) == (4, 30, ())
+    assert held_after((2, 20)).without(3).step == 20
+
+
+def test_an_entry_that_comes_again_because_its_write_failed_is_answered_alike() -> None:
+    held = held_after((3, 30), (6, 60))
+    replay = Replay("it", run(Path("unused"), 3, resumed=True), held)
+
+    assert [replay.covers(entry(seq)) for seq in (3, 4, 4, 5, 5, 6, 7, 7)] == [True] + [False] * 4 + [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_the_checkpoints_entry_is_missing_if_it_was_lost_even_if_later_ones_are_there() -> None:
+    info = run(Path("unused"), 3, resumed=True, last_entry=entry(2))
+
+    assert held_after((0, 0), (1, 10)).missing_entry(info) == entry(2)
+    assert held_after((0, 0), (1, 10), (4, 40)).missing_entry(info) == entry(2)
+    assert held_after((0, 0), (1, 10), (2, 20)).missing_entry(info) is None
+    assert held_after((0, 0)).missing_entry(info) is None
+    assert held_after((0, 0), (1, 10)).missing_entry(run(Path("unused"), 3)) is None
+
+
+def test_what_is_remembered_of_a_tracker_stays_small() -> None:
+    held = held_after(*((2 * n, n) for n in range(1000)))
+
+    assert len(held.gaps) == 100
+    assert held.lacks(1997)
+    assert not held.lacks(1998)
 
 
 @pytest.mark.parametrize("held", [None, LastLogged(3, 30)])
@@ -90,11 +156,13 @@ def test_a_folder_that_has_the_packages_name_is_not_taken_for_it(
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "prometheus"])
-def test_the_error_comes_where_the_sink_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_missed_where_a_sink_is_loaded_and_not_where_it_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    sinks = SinkSet([name, "jsonl"])
 
-    with pytest.raises(ConfigError, match=rf"pip install 'logsync\[{name}\]'"):
-        make_sink(name)
+    assert sinks.load().endswith(f"pip install 'logsync[{name}]'")
 
 
 def test_naming_a_sink_imports_no_tracker() -> None:

@@ -256,6 +256,25 @@ def test_a_refused_round_changes_no_waits() -> None:
     assert waits.interval_s == 103.0 - 101.0
 
 
+@pytest.mark.parametrize("first_is_due", [False, True])
+def test_the_pause_between_two_epochs_is_in_no_interval(*, first_is_due: bool) -> None:
+    root = Root(2)
+    root.entry(101.0, 0, [None, None])
+    root.entry(102.0, 10, [0.0, 0.1])
+    ended = root.round(103.0, 12, [None, None], {rank: {"kind": "ended", "rhythm": Rhythm()} for rank in range(2)})
+    assert ended.new_epoch is not None
+
+    # An hour later, and one rank another minute later, both come back.
+    first = root.round(3700.0, 20 if first_is_due else 13, [None, None])
+    entries = [first.entry, root.entry(3701.0, 30, [60.0, 0.0]), root.entry(3703.0, 40, [0.0, 0.5])]
+
+    assert (entries[0] is not None) == first_is_due
+    assert [entry.waits for entry in entries[:2] if entry is not None] == [None] * (1 + first_is_due)
+    assert entries[2] is not None
+    assert entries[2].waits is not None
+    assert entries[2].waits.interval_s == 1.0
+
+
 def test_alone_and_detached_there_are_no_waits() -> None:
     alone = Root(1)
     assert [alone.entry(now, step, [0.5]).waits for now, step in ((101.0, 0), (102.0, 10))] == [None, None]

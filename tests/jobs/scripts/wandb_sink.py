@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+from logsync.coordinator.sinks import trackers
 from logsync.coordinator.sinks.wandb import WandbSink
+from logsync.coordinator.sinks.wandb_files import history
 from logsync.workers import connect
-from support.sinks import entry, feed, run
+from support.sinks import entry, feed, run, wait_for
 
 
 def offline(folder: Path) -> None:
@@ -45,6 +48,8 @@ def two_attempts(sink: WandbSink, folder: Path) -> None:
 
 def killed(folder: Path) -> None:
     feed(WandbSink, run(folder, run_id="killed01"), *map(entry, range(1000)), close=False)
+    # W&B's own process writes when it has gathered some.
+    wait_for(lambda: sum(1 for _ in history(folder / "wandb", "killed01")) > 50)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -71,6 +76,53 @@ def unconfigured(folder: Path) -> None:
         WandbSink().open(run(folder, run_id="none"))
     except Exception as error:  # noqa: BLE001 - the test looks at what it is
         print(f"{type(error).__name__}: {error}\nafter {time.monotonic() - begun:.0f} s")
+
+
+def gaps(folder: Path) -> None:
+    feed(WandbSink, run(folder, run_id="gaps"), entry(0), entry(1), entry(4))
+    feed(WandbSink, run(folder, 1, resumed=True, run_id="gaps"), *map(entry, range(1, 4)))
+    feed(WandbSink, run(folder, 1, resumed=True, run_id="gaps"), *map(entry, range(1, 6)))
+
+
+def paces(folder: Path) -> None:
+    feed(WandbSink, run(folder, run_id="paces"), *map(entry, range(5)))
+    for end in (7, 8):
+        again = (entry(seq, step=15 + 5 * seq) for seq in range(3, end))
+        feed(WandbSink, run(folder, 3, resumed=True, run_id="paces"), *again)
+
+
+def fails_to_open(folder: Path) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError
+
+    real, trackers.LastLogged.missing_entry = trackers.LastLogged.missing_entry, fail  # type: ignore[assignment]
+    sink = WandbSink()
+    try:
+        sink.open(run(folder, run_id="same"))
+    except ConnectionError:
+        trackers.LastLogged.missing_entry = real  # type: ignore[method-assign]
+    sink.open(run(folder, run_id="same"))  # W&B refuses it while the first is open
+    sink.write(entry(0))
+    sink.close()
+
+
+def closing(folder: Path) -> None:
+    job(folder)
+    (folder / "closed").write_text(str(time.time()))
+
+
+def silent_job(folder: Path) -> None:
+    command = [sys.executable, __file__, "closing", str(folder)]
+    ran = subprocess.run(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, timeout=90, check=True)
+    print(ran.stdout, f"it went on for {time.time() - float((folder / 'closed').read_text()):.0f} s", sep="\n")
+
+
+def job_of_ranks(folder: Path) -> None:
+    import torch.distributed as dist  # noqa: PLC0415 - the others do without
+
+    dist.init_process_group("gloo")
+    job(folder)
+    dist.destroy_process_group()
 
 
 def job(folder: Path) -> None:
