@@ -107,6 +107,7 @@ class Run:
         self._outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._last: Answer | None = None  # of the turn before
         self._is_deciding = False
+        self._closing = asyncio.Lock()
         self._plan: Plan | None = None
         self._root: Hosted | None = None
         self._standing = Standing()
@@ -127,11 +128,6 @@ class Run:
     def is_over(self) -> bool:
         """Whether no more turns can be made."""
         return self.lost is not None or any(member.left for member in self.members.values())
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether nobody will come to it any more."""
-        return bool(self.members) and all(member.left for member in self.members.values())
 
     @property
     def missing(self) -> list[int]:
@@ -352,8 +348,8 @@ class Run:
         return Answer(self._incarnation, "again", entries_made=self._standing.entries_made)
 
     async def leave(self, member: Member, ask: Leave) -> None:
-        """Flush the sinks when rank 0 goes, or the last rank that is there."""
-        if member.rank == 0 or self.is_abandoned:
+        """Flush the sinks when rank 0 goes; where it went without a word, the run is closed for its silence."""
+        if member.rank == 0:
             await self.close(ask)
 
     async def close(self, ask: Leave | None = None) -> None:
@@ -364,13 +360,14 @@ class Run:
                 root.leave(ask.window, ask.step, ask.call)
             root.close()
 
-        if self._plan is not None:
-            try:
-                await self._work(end)
-            except Exception:
-                _logger.exception("could not end the log")
-        self._plan = self._root = None
-        self._executor.shutdown(wait=False)
+        async with self._closing:
+            if self._plan is not None:
+                try:
+                    await self._work(end)
+                except Exception:
+                    _logger.exception("could not end the log")
+            self._plan = self._root = None
+            self._executor.shutdown(wait=False)
 
     def lose(self, error: TransportError) -> None:
         """End the open turn, and every later one, with `error`; the first error stays."""
