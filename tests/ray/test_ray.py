@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,14 +273,21 @@ def followers(worlds: dict[int, RayWorld]) -> list[Any]:
     return worlds[3].ranks
 
 
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """A file that ends the training of `lead`; it does so when the test is over, whatever became of it."""
+    file = tmp_path / "stop"
+    yield file
+    file.touch()
+
+
 def total(run_dir: Path, *names: str) -> float:
     return sum(float(entry.get(name, 0.0)) for entry in lines(run_dir) for name in names)
 
 
 def test_followers_come_and_go_and_each_of_their_windows_is_in_one_entry(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     early = followers[0].call.remote(follow, "followed", "early", 6)  # there is no log yet
     leaders = start(world, lead, "followed", str(tmp_path), str(gate))
     wait_for_line(tmp_path, 2, leaders)
@@ -307,9 +315,8 @@ def test_followers_come_and_go_and_each_of_their_windows_is_in_one_entry(
 
 
 def test_a_follower_that_misses_logs_is_told_once_and_its_late_windows_are_counted(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     leaders = start(world, lead, "missed", str(tmp_path), str(gate))
     wait_for_line(tmp_path, 1, leaders)
     ready = ray.get(followers[0].call.remote(follow_slowly, "missed", str(tmp_path)), timeout=60)
@@ -324,14 +331,14 @@ def test_a_follower_that_misses_logs_is_told_once_and_its_late_windows_are_count
 
 
 def test_a_follower_that_is_killed_and_one_without_a_log_cost_nobody_anything(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     victim = RankProcess.remote(0, 1)
     killed = victim.call.remote(follow_to_death, "bereft")
     leaders = start(world, lead, "bereft", str(tmp_path), str(gate))
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(killed, timeout=40)
+    wait_for_line(tmp_path, 1, leaders)
     written = len(lines(tmp_path))
     wait_for_line(tmp_path, written + 5, leaders)  # the ranks go on
     alone = ray.get(followers[0].call.remote(follow_nobody, "nobody"), timeout=40)
@@ -342,9 +349,8 @@ def test_a_follower_that_is_killed_and_one_without_a_log_cost_nobody_anything(
 
 
 def test_windows_of_followers_are_merged_once_although_the_coordinator_is_killed(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     leaders = start(world, lead, "orphaned", str(tmp_path), str(gate))
     following = [follower.call.remote(follow, "orphaned", "f", 14) for follower in followers]
     wait_for_line(tmp_path, 5, leaders)
