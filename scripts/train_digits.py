@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,7 +36,7 @@ Batches: TypeAlias = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 def main() -> None:
     args = parse_args()
-    rank, world_size, device = join_ranks()
+    rank, world_size, device = join_ranks(args.timeout)
     if args.batch_size % world_size:
         sys.exit(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size} ranks")
     torch.manual_seed(args.seed)
@@ -46,13 +47,16 @@ def main() -> None:
     loader = DataLoader(train, args.batch_size // world_size, sampler=sampler, drop_last=True)
 
     network = make_network().to(device)
-    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    together = dist.is_initialized() and not args.apart
+    model = DistributedDataParallel(network) if together else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     schedule = ExponentialLR(optimizer, gamma=0.9)
 
     step = first_epoch = 0
     accuracy = math.nan
-    with connect(log_frequency=args.log_every, run_dir=args.run_dir, name="digits") as log:
+    with connect(
+        log_frequency=args.log_every, sinks=args.sinks, run_dir=args.run_dir, name="digits", timeout=args.timeout
+    ) as log:
         # The log's state goes into the checkpoint like the rest; a resumed run then continues its file.
         parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "log": log}
         if args.checkpoint and args.checkpoint.exists():
@@ -113,10 +117,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, help="folder for the log (default: a new one under runs/)")
     parser.add_argument("--checkpoint", type=Path, help="file to save to after each epoch, and to go on from")
+    parser.add_argument("--sinks", nargs="+", default=["console", "jsonl"], help="where the log goes (console jsonl)")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that ranks wait for each other")
+    parser.add_argument("--apart", action="store_true", help="a network for each rank; only the log connects them")
     return parser.parse_args()
 
 
-def join_ranks() -> tuple[int, int, torch.device]:
+def join_ranks(timeout_s: float) -> tuple[int, int, torch.device]:
     """Return rank, world size and device; make the process group if torchrun started this process."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cpu")
@@ -125,7 +132,7 @@ def join_ranks() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     return dist.get_rank(), dist.get_world_size(), device
 
 
