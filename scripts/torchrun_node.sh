@@ -101,7 +101,7 @@ else
   fi
 fi
 # torchrun's own default is 1.
-threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
+threads=$(($(nproc) / ranks))
 default OMP_NUM_THREADS $((threads > 0 ? threads : 1))
 # Restarted gloo ranks would find the addresses of their dead predecessors in the store that torchrun shares with them.
 default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1
