@@ -26,6 +26,7 @@ from logsync.coordinator.errors import (
 from logsync.coordinator.frequency import FrequencyManager, checked_frequency, checked_step, log_ready
 from logsync.coordinator.lease import Cadence, due_step
 from logsync.coordinator.messages import (
+    MAX_CALL,
     MAX_FRAME,
     MAX_PATH,
     PROTOCOL,
@@ -63,6 +64,7 @@ _STANDING = (
     "attempt",
     "restores",
     "_counting",
+    "_last_call",
     "_entry_call",
     "_missed",
     "_unanswered",
@@ -93,6 +95,8 @@ def misfit(state: State, frequency_type: str) -> str:
     """Return why a log that counts in `frequency_type` cannot go on from `state`; empty if it can."""
     if state.frequency_type != frequency_type:
         return f"the state counts in frequency type {state.frequency_type!r}, this log in {frequency_type!r}"
+    if max(state.next_seq, state.attempt, state.missed) > MAX_CALL:
+        return f"the state has a count that no log could have: {max(state.next_seq, state.attempt, state.missed)}"
     try:
         checked_frequency(state.log_frequency, frequency_type)
         for step in (state.last_log_step, state.last_model_update_step):
@@ -119,6 +123,7 @@ class Coordinator:
         entries_made: how many entries this start of the job has made; unlike `next_seq`, a load leaves it alone.
         restores: how often a state was loaded.
         first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
+        refused_load: whether the last round failed because ranks had loaded different states.
 
     Raises:
         ValueError: `run_dir` is too long for a frame, or not UTF-8.
@@ -145,6 +150,7 @@ class Coordinator:
         self.entries_made = 0
         self.restores = 0
         self.first_seq = 0
+        self.refused_load = False
         self._settings = settings
         self._world_size = world_size
         self._members = range(world_size)  # whose frames make a round
@@ -154,6 +160,7 @@ class Coordinator:
         self._cadence = Cadence()
         self._counting = 0
         self._steps: dict[int, int] = {}  # every rank's step at the last decision, where ranks' steps are compared
+        self._last_call = 0  # the counting rank's at the last round
         self._entry_call = 0  # the call up to which everything is in an entry
         self._missed = 0  # calls of earlier starts that are in no entry and in no window
         self._unanswered = 0  # rounds in a row that only waited for an update
@@ -179,6 +186,7 @@ class Coordinator:
         self._round += 1
         self._round_times = (self._round_times[1], now)
         moment = self._moment()
+        self.refused_load = False
         over = _GOES_ON
         try:
             if number == 0:
@@ -199,6 +207,7 @@ class Coordinator:
     def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
         steps = self._steps
         self._return_to(moment)
+        self.refused_load = isinstance(error, StateMismatch)
         if isinstance(error, RoundMismatch):
             self._steps = steps  # told once, and the norm from now on
         return encode(self._decision(number, failure=failure_of(error), over=over))
@@ -220,6 +229,7 @@ class Coordinator:
         self._check_steps(active, counting)
 
         notices: list[str] = []
+        self._last_call = counting.call
         self._cadence.observe(counting.rhythm)
         self._fold(reports, counting, notices)
 
@@ -266,13 +276,29 @@ class Coordinator:
         notices: Sequence[str] = (),
         active: tuple[int, ...] = (),
     ) -> Decision:
-        manager = self.frequency_manager
         new_epoch = None
         if over.epoch:
             new_epoch = NewEpoch(over.call, max(0, over.call - self._entry_call) + self._missed)
             self._cadence.clear()
             self._steps.clear()
-        state = State(
+        return Decision(
+            protocol=PROTOCOL,
+            run=self._run,
+            round=number,
+            log_ready=ready,
+            lease=lease,
+            state=self._state(),
+            entry=entry,
+            failure=failure,
+            finished=over.run,
+            notices=tuple(notices[:64]),
+            new_epoch=new_epoch,
+            active=active,
+        )
+
+    def _state(self) -> State:
+        manager = self.frequency_manager
+        return State(
             manager.log_frequency,
             self._settings.log_frequency,
             manager.frequency_type,
@@ -283,20 +309,6 @@ class Coordinator:
             self.run_dir,
             self.attempt,
             run_id=self.run_id,
-        )
-        return Decision(
-            protocol=PROTOCOL,
-            run=self._run,
-            round=number,
-            log_ready=ready,
-            lease=lease,
-            state=state,
-            entry=entry,
-            failure=failure,
-            finished=over.run,
-            notices=tuple(notices[:64]),
-            new_epoch=new_epoch,
-            active=active,
         )
 
     @property
@@ -485,7 +497,7 @@ class Coordinator:
         problem = misfit(state, self.frequency_manager.frequency_type)
         if problem:
             raise StateMismatch(problem)
-        self.load(state, counting.call - (counting.kind == "decision"))
+        self.load(state, counting.restored_at)
 
     def load(self, state: State, call: int) -> None:
         """Go on from the state of a checkpoint, after `call` calls in this start of the job."""

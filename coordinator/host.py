@@ -14,7 +14,7 @@ import msgspec
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
-from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window
+from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window, decode_decision
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.isolation import SinkSet
 
@@ -35,6 +35,8 @@ class Host:
         world_size: ranks in the job.
         reserved: the folder that was made for this run, removed again if nothing was put into it.
         clock: gives Unix seconds.
+        recovered: the coordinator goes on where another one was lost, whose entries the sinks may hold already.
+        oldest: of such a one, the first entry that may not be stored yet.
     """
 
     def __init__(
@@ -46,8 +48,11 @@ class Host:
         world_size: int,
         reserved: Path | None = None,
         clock: Callable[[], float] = time.time,
+        recovered: bool = False,
+        oldest: LogEntry | None = None,
     ) -> None:
         self.coordinator = coordinator
+        self._recovered = recovered
         self._sinks = sinks
         self._name = name
         self._world_size = world_size
@@ -56,12 +61,30 @@ class Host:
         self._held: list[LogEntry] = []
         # A rank that leaves in mid-round does so while the transport's thread may still be deciding it.
         self._lock = threading.RLock()
-        self._restores = 0
+        self._restores = coordinator.restores
+        self._durable_seq = (coordinator.next_seq if oldest is None else oldest.seq) - 1
         self._loaded: tuple[State, int] | None = None  # what no round has taken over yet
-        self._last_entry: LogEntry | None = None  # of the state that was loaded last
+        self._last_entry = oldest  # or the last entry of the state that was loaded last
+        self._refused = False  # ranks loaded different states, and it is not known what this run continues
+        # The folder that the sinks were given entries for. Where not even the first is known to be stored, what lies
+        # there may still be another run's.
+        self._written_to = coordinator.run_dir if recovered and self._durable_seq >= 0 else ""
         self._last_reply = b""
         self._closed = self._left = self._detached = False
+        self.ended = threading.Event()
+        """Set once `close` has done its work."""
         sinks.prepare(self._run_info())
+
+    @property
+    def entries_made(self) -> int:
+        """How many entries this start of the job has made."""
+        return self.coordinator.entries_made
+
+    @property
+    def durable_seq(self) -> int:
+        """The `seq` of the last entry that every sink has written, or lost; -1 if there is none."""
+        settled = self._sinks.settled_seq
+        return self._durable_seq if settled is None else settled
 
     @property
     def holds_entry(self) -> bool:
@@ -94,6 +117,15 @@ class Host:
             self.coordinator.detach(rank, max(number, self.coordinator.next_round))
             return self._last_reply if decided else None
 
+    def go_on_here(
+        self,
+        coordinator: Callable[[], Coordinator],  # noqa: ARG002 - this host has its own
+        rank: int,
+        number: int,
+    ) -> tuple[Callable[[Sequence[bytes | bytearray | memoryview]], bytes], bytes | None]:
+        """Go on with `rank` alone; return what decides rounds from now on, and what `detach` returns."""
+        return self.decide_alone, self.detach(rank, number)
+
     def decide_alone(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         """Decide a round after `detach`. Never raises."""
         with self._lock:
@@ -101,6 +133,7 @@ class Host:
 
     def _decide(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         reply, entries = self.coordinator.handle(frames, self._clock())
+        self._note_load(reply)
         self._continue_run()
         self._held.extend(entries)
         return reply
@@ -109,14 +142,28 @@ class Host:
         """Note that a state was loaded, after `call` calls, that all ranks will bring to the next round."""
         with self._lock:
             self._loaded = (state, call)
+            self._refused = False
             self._last_entry = last_entry
+
+    def _note_load(self, reply: bytes) -> None:
+        """Forget the state that was loaded here once a round has taken it over, passed it by or refused it."""
+        if self.coordinator.refused_load:
+            self._refused = self._loaded is not None or not self._written_to
+            self._loaded = None
+        elif self._loaded is not None and decode_decision(reply).failure is None:
+            self._loaded = None
 
     def _continue_run(self) -> None:
         """Let the sinks continue the run whose state was taken over, if one was."""
         if self.coordinator.restores != self._restores:
             self._restores = self.coordinator.restores
-            self._loaded = None
+            self._recovered = False  # what is stored behind the loaded state is to be replaced
+            self._durable_seq = self.coordinator.next_seq - 1
             self._sinks.prepare(self._run_info())
+
+    def hold(self, entry: LogEntry) -> None:
+        """Hold an entry that a coordinator before this one had made."""
+        self._held.append(entry)
 
     def annotate(self, values: Mapping[str, float]) -> None:
         """Add root-side values to the entry just made; without one, say so and drop them.
@@ -124,19 +171,22 @@ class Host:
         Raises:
             ValueError: the entry has a metric of that name already.
         """
-        if not self._held:
-            _logger.warning(
-                "annotate(%s) came when no entry was open, and was dropped; call it right after log_ready() returned "
-                "True or after write()",
-                ", ".join(values),
-            )
-            return
-        entry = self._held[-1]
-        taken = [name for name in values if name in entry.metrics]
-        if taken:
-            msg = f"annotate() would overwrite the merged metric {taken[0]!r} of entry {entry.seq}; use another name"
-            raise ValueError(msg)
-        self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
+        with self._lock:
+            if not self._held:
+                _logger.warning(
+                    "annotate(%s) came when no entry was open, and was dropped; call it right after log_ready() "
+                    "returned True or after write()",
+                    ", ".join(values),
+                )
+                return
+            entry = self._held[-1]
+            taken = [name for name in values if name in entry.metrics]
+            if taken:
+                msg = (
+                    f"annotate() would overwrite the merged metric {taken[0]!r} of entry {entry.seq}; use another name"
+                )
+                raise ValueError(msg)
+            self._held[-1] = msgspec.structs.replace(entry, metrics={**entry.metrics, **values})
 
     def log_hyperparams(self, values: Mapping[str, object]) -> None:
         """Have the sinks keep the run's settings."""
@@ -147,7 +197,11 @@ class Host:
         with self._lock:
             held, self._held = self._held, []
             for entry in held:
-                self._sinks.write(entry)
+                self._write(entry)
+
+    def _write(self, entry: LogEntry) -> None:
+        self._written_to = self.coordinator.run_dir
+        self._sinks.write(entry)
 
     def leave(self, rank: int, take: Callable[[int], Window], step: Step, call: int) -> None:
         """Write what is held and then, marked partial, one rank's own window: the others cannot be asked any more.
@@ -161,20 +215,33 @@ class Host:
             if self._loaded is not None:
                 self.coordinator.load(*self._loaded)
                 self._continue_run()
-            entry = self.coordinator.leftover(rank, take(self.coordinator.entries_made), step, call, self._clock())
+            window = take(self.coordinator.entries_made)
+            if self._refused:
+                # It belongs behind a state that the ranks do not agree on: there is no place for it in the files.
+                _logger.warning(
+                    "rank %d leaves after ranks loaded different states: what it recorded since is not written, and "
+                    "the files of the run stay as they were",
+                    rank,
+                )
+                return
+            entry = self.coordinator.leftover(rank, window, step, call, self._clock())
             if entry is not None:
-                self._sinks.write(entry)
+                self._write(entry)
 
     def close(self) -> None:
         """Hand over what is held and flush the sinks; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self.release()
-        self._sinks.close()
-        if self._reserved is not None:
-            with contextlib.suppress(OSError):  # not empty: then it is in use
-                self._reserved.rmdir()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.release()
+        try:
+            self._sinks.close()
+            if self._reserved is not None:
+                with contextlib.suppress(OSError):  # not empty: then it is in use
+                    self._reserved.rmdir()
+        finally:
+            self.ended.set()
 
     def _run_info(self) -> RunInfo:
         coordinator = self.coordinator
@@ -183,10 +250,12 @@ class Host:
             name=self._name,
             attempt=coordinator.attempt,
             world_size=self._world_size,
-            next_seq=coordinator.first_seq,
-            resumed=coordinator.restores > 0,
+            next_seq=self._durable_seq + 1 if self._recovered else coordinator.first_seq,
+            resumed=coordinator.restores > 0 or self._recovered,
             run_id=coordinator.run_id,
             last_entry=self._last_entry,
+            begun=self._written_to == coordinator.run_dir,
+            recovered=self._recovered,
         )
 
 

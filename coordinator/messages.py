@@ -18,10 +18,12 @@ from logsync.coordinator.errors import LogsyncError, ProtocolError, agreed_error
 __all__ = [
     "HELLO_SIZE",
     "INT64_MAX",
+    "MAX_CALL",
     "MAX_FALLS",
     "MAX_FRAME",
     "MAX_NAME",
     "MAX_PATH",
+    "MAX_WAITS",
     "MAX_WAIT_S",
     "PROTOCOL",
     "RESERVED",
@@ -63,6 +65,7 @@ MAX_FRAME = 16 * 2**20
 """Bytes of the largest frame or reply. A transport may carry less."""
 
 INT64_MAX = 2**63 - 1
+MAX_CALL = 2**61
 MAX_NAME = 256
 MAX_FALLS = 64
 MAX_PATH = 4096
@@ -80,7 +83,9 @@ RESERVED = frozenset({"seq", "step", "time", "attempt", "partial", "calls", "ran
 # `int | float` decodes either; the bound on ints keeps what follows inside int64.
 _Int = Annotated[int, Meta(ge=-INT64_MAX, le=INT64_MAX)]
 _Natural = Annotated[int, Meta(ge=0, le=INT64_MAX)]
-_Count = Annotated[int, Meta(ge=0, le=2**62)]  # what is counted on from: never at the end of int64
+# What is counted on from, or added to another count, is never at the end of int64.
+_Call = Annotated[int, Meta(ge=0, le=MAX_CALL)]
+_Count = Annotated[int, Meta(ge=0, le=2 * MAX_CALL)]
 _Rank = Annotated[int, Meta(ge=0, lt=_MAX_RANKS)]
 _FewRanks = Annotated[tuple[_Rank, ...], Meta(max_length=16)]
 _Number = Annotated[int, Meta(ge=0, le=INT64_MAX)] | Annotated[float, Meta(ge=0, le=1.7976931348623157e308)]
@@ -257,6 +262,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
         call: how many calls this rank has made, this one included.
         fault: what was wrong with the step of this call, or of one under the lease, or with write()'s values.
         restore: the bytes given to `load_state_dict` since the last accepted round; empty if none were.
+        restored_at: how many calls this rank had made then.
         waited_s: seconds that this rank waited in the accepted rounds since the last entry, that one's included; None
             if it has not waited with the others, but answered in the background.
         host: this rank's host name; empty once a round was accepted.
@@ -268,7 +274,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     rank: _Rank
     world_size: Annotated[int, Meta(ge=1, le=_MAX_RANKS)]
     kind: ReportKind
-    call: _Natural
+    call: _Call
     step: _MaybeStep
     check_model_update: bool
     rhythm: Rhythm
@@ -278,6 +284,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     restore: Annotated[bytes, Meta(max_length=16_384)] = b""
     waited_s: _Seconds | None = None
     host: _Host = ""
+    restored_at: _Call = 0
 
 
 class NewEpoch(msgspec.Struct, frozen=True, array_like=True):

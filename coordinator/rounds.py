@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from logsync.coordinator.errors import ConfigMismatch, ProtocolError, RoundMismatch, printable
-from logsync.coordinator.messages import PROTOCOL, Hello, Report, decode_hello, decode_report
+from logsync.coordinator.messages import PROTOCOL, Hello, Report, Settings, decode_hello, decode_report
 
-__all__ = ["Round", "check_hellos", "read_hellos", "read_reports", "step_mismatch"]
+__all__ = ["Round", "check_hello", "check_hellos", "read_hellos", "read_reports", "step_mismatch"]
 
 
 class Round:
@@ -83,6 +83,24 @@ def check_hellos(hellos: Sequence[Hello], world_size: int) -> None:
             hint = f"every rank must call connect() {alike}"
             msg = f"{field} is {expected!r} on rank 0, but {printable(shown)}{more}; {hint}"
             raise ConfigMismatch(msg, ranks=tuple(others))
+
+
+def check_hello(hello: Hello, rank: int, world_size: int, settings: Settings) -> None:
+    """Compare what one rank that comes later gave `connect` with what the job runs with.
+
+    Raises:
+        ProtocolError: it introduces itself as another rank.
+        ConfigMismatch: naming the first field that differs, and both values.
+    """
+    if hello.rank != rank:
+        msg = f"rank {rank} introduced itself as rank {hello.rank}; two processes may be using one rank"
+        raise ProtocolError(msg, ranks=(rank,))
+    pairs = [("world_size", world_size, hello.world_size)]
+    pairs += [(field, getattr(settings, field), getattr(hello.settings, field)) for field in settings.__struct_fields__]
+    for field, expected, given in pairs:
+        if (type(given), given) != (type(expected), expected):
+            msg = f"{field} is {expected!r} in the job that runs, but {printable(repr(given))} on rank {rank}"
+            raise ConfigMismatch(msg, ranks=(rank,))
 
 
 def read_reports(

@@ -2,8 +2,9 @@
 
     python scripts/train_digits.py
     torchrun --standalone --nproc-per-node 2 scripts/train_digits.py
+    python scripts/train_digits.py --ray 2
 
-Both make the same optimizer steps on the same global batches, so their logs have the same steps. The digits come with
+All make the same optimizer steps on the same global batches, so their logs have the same steps. The digits come with
 scikit-learn; nothing is downloaded.
 """
 
@@ -36,15 +37,44 @@ Batches: TypeAlias = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 def main() -> None:
     args = parse_args()
+    if args.ray:
+        train_with_ray(args)
+    else:
+        train(args)
+
+
+def train_with_ray(args: argparse.Namespace) -> None:
+    """Have workers of Ray Train call `train`, and Ray's actor keep the log."""
+    import ray  # noqa: PLC0415 - everything else works without it
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
+    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
+
+    # Workers have folders of their own.
+    args.run_dir = (args.run_dir or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-digits")).absolute()
+    args.checkpoint = args.checkpoint and args.checkpoint.absolute()
+    if not ray.is_initialized():
+        ray.init()
+    # Where workers are lost, all of them start again, from the checkpoint.
+    failures = FailureConfig(max_failures=3 if args.checkpoint else 0)
+    TorchTrainer(
+        lambda _: train(args),
+        train_loop_config={},
+        torch_config=TorchConfig(timeout_s=math.ceil(args.timeout)),
+        scaling_config=ScalingConfig(num_workers=args.ray, use_gpu=torch.cuda.device_count() >= args.ray),
+        run_config=RunConfig(name="train", storage_path=str(args.run_dir), failure_config=failures),
+    ).fit()
+
+
+def train(args: argparse.Namespace) -> None:
     rank, world_size, device = join_ranks(args.timeout)
     if args.batch_size % world_size:
         sys.exit(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size} ranks")
     torch.manual_seed(args.seed)
 
-    train, held_out = digits(device, rank, world_size)
+    seen, held_out = digits(device, rank, world_size)
     # Rank r takes every world_size-th image, so that n ranks together see the batches that one would see alone.
-    sampler: DistributedSampler[int] = DistributedSampler(train, world_size, rank, seed=args.seed, drop_last=True)
-    loader = DataLoader(train, args.batch_size // world_size, sampler=sampler, drop_last=True)
+    sampler: DistributedSampler[int] = DistributedSampler(seen, world_size, rank, seed=args.seed, drop_last=True)
+    loader = DataLoader(seen, args.batch_size // world_size, sampler=sampler, drop_last=True)
 
     network = make_network().to(device)
     together = dist.is_initialized() and not args.apart
@@ -55,7 +85,12 @@ def main() -> None:
     step = first_epoch = 0
     accuracy = math.nan
     with connect(
-        log_frequency=args.log_every, sinks=args.sinks, run_dir=args.run_dir, name="digits", timeout=args.timeout
+        log_frequency=args.log_every,
+        transport="ray" if args.ray else "auto",
+        sinks=args.sinks,
+        run_dir=args.run_dir,
+        name="digits",
+        timeout=args.timeout,
     ) as log:
         # The log's state goes into the checkpoint like the rest; a resumed run then continues its file.
         parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "log": log}
@@ -76,7 +111,7 @@ def main() -> None:
 
     if rank == 0:
         print(f"held-out accuracy {accuracy:.1%} after {args.epochs} epochs; the log is {log.run_dir}/metrics.jsonl")
-    if dist.is_initialized():
+    if dist.is_initialized() and not args.ray:
         dist.destroy_process_group()
 
 
@@ -116,6 +151,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=10, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, help="folder for the log (default: a new one under runs/)")
+    parser.add_argument("--ray", type=int, default=0, metavar="N", help="train on N workers of Ray Train")
     parser.add_argument("--checkpoint", type=Path, help="file to save to after each epoch, and to go on from")
     parser.add_argument("--sinks", nargs="+", default=["console", "jsonl"], help="where the log goes (console jsonl)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that ranks wait for each other")
@@ -130,6 +166,8 @@ def join_ranks(timeout_s: float) -> tuple[int, int, torch.device]:
     if torch.cuda.device_count() >= local_ranks:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # by Ray Train
+        return dist.get_rank(), dist.get_world_size(), device
     if "RANK" not in os.environ:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))

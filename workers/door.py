@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import ConfigError
 from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
-from logsync.coordinator.host import Host, reserve_run_dir
+from logsync.coordinator.host import reserve_run_dir
 from logsync.coordinator.messages import INT64_MAX, MAX_PATH, Settings
 from logsync.coordinator.sinks.base import Sink, SinkSpec
 from logsync.coordinator.sinks.isolation import SinkSet
+from logsync.workers.hosting import Hosting, HostPlan, Placing
 from logsync.workers.launch import choose_transport, restart_count
 from logsync.workers.training_log import TrainingLog, open_logs
 from logsync.workers.transports.base import Transport
@@ -52,8 +51,9 @@ def connect(
         log_frequency: log every so many of `frequency_type`; None never logs but by `write`.
         mode: when a log is due: "exact", "on_update", "on_change"; see `FrequencyManager`.
         frequency_type: what steps count: "step" (optimizer steps), "batch" (micro-batches) or "epoch" (floats too).
-        transport: "auto" takes torch.distributed if it is initialised, and otherwise the single-node fallback;
-            "collective", "local", or an object that is a `Transport`.
+        transport: "auto" takes torch.distributed if it is initialised, a Ray Train worker's context if there is one,
+            and otherwise the single-node fallback;
+            "collective", "ray", "local", or an object that is a `Transport`.
         sinks: where rank 0 writes: "console", "jsonl", "jsonl:PATH", a callable taking a `LogEntry`, or an object
             with open, write and close.
         run_dir: the folder for files; runs/<start time>-<name> if not given, or the loaded state's.
@@ -66,7 +66,7 @@ def connect(
             one, or "detach": say so once in the log, answer False from then on, and let the job train on. Rank 0
             goes on logging its own values at the cadence, marked partial; what `write` returns is this rank's own.
         max_lease: the most calls in a row that are answered without communication.
-        rank, world_size: checked against what the transport finds.
+        rank, world_size: this process's, for transport "ray" outside Ray Train; checked against what others find.
         process_group: the ranks that share the log; all of torch.distributed's if not given.
 
     Returns:
@@ -92,21 +92,28 @@ def connect(
     )
     sink_set = SinkSet(sinks)
     folder = None if run_dir is None else _checked_folder(run_dir)
+    warn_after = _checked_seconds("warn_after", warn_after)
     found = choose_transport(
         transport,
         timeout_s=settings.timeout,
-        warn_after_s=_checked_seconds("warn_after", warn_after),
+        warn_after_s=warn_after,
         rank=rank,
         world_size=world_size,
         process_group=process_group,
     )
     if folder is not None:
         _refuse_shared_folder(folder, found.rank)
-    host = None
+    plan = None
     if found.rank == 0:
         reserved = reserve_run_dir(settings.name) if folder is None and _may_use_files(sinks) else None
-        sink_set.load()
-        host = _host(settings, sink_set, folder, reserved, found.world_size)
+        plan = _plan(settings, sinks, folder, reserved, found.world_size)
+    host: Hosting | None
+    if isinstance(found, Placing):
+        host = found.place(settings.name, timeout_s=settings.timeout, warn_after_s=warn_after, plan=plan)
+    else:
+        if plan is not None:
+            sink_set.load()
+        host = None if plan is None else plan.host(plan.coordinator(), sinks=sink_set)
     log = TrainingLog(found, settings, host, given_run_dir=folder, warn_after_s=warn_after)
     log._open(_version())  # noqa: SLF001 - half of the constructor: it communicates
     return log
@@ -126,19 +133,23 @@ def _may_use_files(sinks: Sequence[SinkSpec]) -> bool:
     return any(spec != "console" and (isinstance(spec, (str, Sink)) or not callable(spec)) for spec in sinks)
 
 
-def _host(
-    settings: Settings, sinks: SinkSet, given: str | None, reserved: tuple[str, Path | None] | None, world_size: int
-) -> Host:
-    folder, made = reserved or (given or "runs", None)
-    coordinator = Coordinator(
+def _plan(
+    settings: Settings,
+    sinks: Sequence[SinkSpec],
+    given: str | None,
+    reserved: tuple[str, Path | None] | None,
+    world_size: int,
+) -> HostPlan:
+    run_dir, made = reserved or (given or "runs", None)
+    return HostPlan(
         settings,
+        tuple(sinks),
         world_size,
-        run=secrets.token_hex(8),
-        run_dir=folder,
+        run_dir=run_dir,
         keep_run_dir=given is not None,
+        reserved=made,
         attempt=restart_count(),
     )
-    return Host(coordinator, sinks, name=settings.name, world_size=world_size, reserved=made)
 
 
 def _version() -> str:

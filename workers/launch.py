@@ -103,7 +103,7 @@ def choose_transport(
         ConfigError: it is not known, or `rank` and `world_size` are not what it finds.
         LaunchError: the surroundings do not fit it.
     """
-    chosen = _chosen(transport, timeout_s, warn_after_s, process_group, environ)
+    chosen = _chosen(transport, timeout_s, warn_after_s, process_group, environ, given=(rank, world_size))
     for name, given, found in (("rank", rank, chosen.rank), ("world_size", world_size, chosen.world_size)):
         if given is not None and given != found:
             msg = f"{name}={given!r} was given, but this process has {name} {found} on transport {chosen.name!r}"
@@ -112,27 +112,35 @@ def choose_transport(
 
 
 def _chosen(
-    transport: object, timeout_s: float, warn_after_s: float, process_group: object | None, environ: Mapping[str, str]
+    transport: object,
+    timeout_s: float,
+    warn_after_s: float,
+    process_group: object | None,
+    environ: Mapping[str, str],
+    *,
+    given: tuple[int | None, int | None],
 ) -> Transport:
     if not isinstance(transport, str):
         if isinstance(transport, type) or not all(
             hasattr(transport, member) for member in ("name", "rank", "world_size", "start", "exchange", "close")
         ):
-            msg = f"transport must be 'auto', 'local', 'collective' or a Transport, given {transport!r}"
+            msg = f"transport must be 'auto', 'local', 'collective', 'ray' or a Transport, given {transport!r}"
             raise ConfigError(msg)
         if process_group is not None:
             msg = "a process_group was given together with a Transport, which has its own ranks"
             raise ConfigError(msg)
         return cast("Transport", transport)
     name = transport.strip().lower()
-    if name not in ("auto", "local", "collective"):
-        msg = f"transport must be 'auto', 'local', 'collective' or a Transport, given {transport!r}"
+    if name not in ("auto", "local", "collective", "ray"):
+        msg = f"transport must be 'auto', 'local', 'collective', 'ray' or a Transport, given {transport!r}"
         raise ConfigError(msg)
-    if process_group is not None and name == "local":
-        msg = "a process_group was given together with transport='local'"
+    if process_group is not None and name in ("local", "ray"):
+        msg = f"a process_group was given together with transport={name!r}"
         raise ConfigError(msg)
     if name == "collective" or process_group is not None or (name == "auto" and _initialized_torch() is not None):
         return _collective(timeout_s, warn_after_s, process_group)
+    if name == "ray" or (name == "auto" and _in_ray_train()):
+        return _ray(*given)
     if name == "auto":
         _refuse_lonely_rank(environ)
         _logger.info(
@@ -160,6 +168,26 @@ def _collective(timeout_s: float, warn_after_s: float, process_group: object | N
     from logsync.workers.transports.collective import CollectiveTransport  # noqa: PLC0415 - it loads torch
 
     return CollectiveTransport(timeout_s=timeout_s, warn_after_s=warn_after_s, process_group=process_group)
+
+
+def _in_ray_train() -> bool:
+    """Say whether this process is a worker of Ray Train. If that is not imported, it is none."""
+    if "ray.train" not in sys.modules:
+        return False
+    from logsync.workers.transports.ray_actor import train_context  # noqa: PLC0415 - it loads ray
+
+    return train_context() is not None
+
+
+def _ray(rank: int | None, world_size: int | None) -> Transport:
+    try:
+        from logsync.workers.transports.ray_actor import RayTransport  # noqa: PLC0415 - it loads ray
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        msg = "transport='ray' needs Ray, which is not installed: pip install 'logsync[ray]'"
+        raise LaunchError(msg) from error
+    return RayTransport(rank, world_size)
 
 
 def _refuse_lonely_rank(environ: Mapping[str, str]) -> None:

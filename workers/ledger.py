@@ -80,6 +80,7 @@ class Ledger:
         "_previous",
         "_rank",
         "_restore",
+        "_restored_at",
         "_rise",
         "_round",
         "_run",
@@ -125,6 +126,7 @@ class Ledger:
         self._unsure: Unsure | None = None  # updates of this frame that only a device knows of
         self._fault: Failure | None = None
         self._restore = b""
+        self._restored_at = 0
         self._finished = False
         self._epoch_over = False  # whether the last reply ended an epoch
         self._active: tuple[int, ...] = ()  # ranks that still made calls at the last reply, if some did not
@@ -302,6 +304,7 @@ class Ledger:
             restore=self._restore,
             waited_s=waited_s,
             host=host,
+            restored_at=self._restored_at,
         )
 
     def _take_hooked(self) -> None:
@@ -340,6 +343,8 @@ class Ledger:
             decision = decode_decision(reply)
         except ProtocolError as error:
             raise UnreadableReply(str(error), round=self._round) from error
+        if not self._run:
+            self._round = decision.round  # the first one: where others go on already, it says how far they are
         number, self._round = self._round, self._round + 1
         sent, self._sent_events = self._sent_events, 0
         self._fault = None
@@ -361,7 +366,7 @@ class Ledger:
         del self._events[:sent]
         self._rise = self._gap = None
         self._falls = []
-        self._restore = b""
+        self._restore, self._restored_at = b"", 0
         if decision.entry is not None:
             self._last_entry = decision.entry
             self._entry_call = self._calls
@@ -443,6 +448,7 @@ class Ledger:
 
         Raises:
             ValueError: this is not a state of logsync, or of another frequency type.
+            LogsyncError: this log makes no further rounds: its group was lost, or it is closed.
         """
         data = state_dict.get("state") if isinstance(state_dict, Mapping) else None
         if not isinstance(data, bytes):
@@ -466,8 +472,12 @@ class Ledger:
         self._stamped.clear()
         self._fault = None
         self._last_entry = state.entry
-        self._state = msgspec.structs.replace(state, entry=None)
-        self._restore = encode(self._state)  # without the entry, which rank 0 has from the same checkpoint
+        state = msgspec.structs.replace(state, entry=None)  # which rank 0 has from the same checkpoint
+        self._restore, self._restored_at = encode(state), self._calls
+        now = self.state
+        if state.configured != now.configured:  # the root will keep what the user asks for in this start
+            state = msgspec.structs.replace(state, log_frequency=now.log_frequency, configured=now.configured)
+        self._state = state
 
 
 class Unsure:

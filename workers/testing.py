@@ -13,17 +13,19 @@ To see every scenario as a test of its own, run `SCENARIOS[name].check(world.run
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from logsync.coordinator.errors import LogsyncError
 from logsync.coordinator.frequency import FrequencyManager
+from logsync.coordinator.host import Host
 from logsync.coordinator.messages import MAX_FRAME, decode_state, encode
 from logsync.workers.door import connect
 from logsync.workers.training_log import TrainingLog
@@ -82,9 +84,24 @@ class Member:
         transport.start(root if self.rank == 0 else None)
         return transport
 
+    @contextlib.contextmanager
+    def failing_root(self, log: TrainingLog) -> Iterator[None]:
+        """Have the coordinator of `log` raise an OSError about "the disk of the root" where it makes an entry."""
+        host = log._host  # noqa: SLF001
+        if isinstance(host, Host):
+            host.coordinator._entry = _broken_disk  # type: ignore[assignment, method-assign]  # noqa: SLF001
+        yield
+        if isinstance(host, Host):
+            del host.coordinator._entry  # noqa: SLF001
+
     def is_last(self) -> bool:
         """Whether this is the highest rank."""
         return self.rank == self.world_size - 1
+
+
+def _broken_disk(*_: object) -> None:
+    msg = "the disk of the root"
+    raise OSError(msg)
 
 
 class Scenario(NamedTuple):
@@ -381,17 +398,10 @@ def _check_failing_root(results: list[Any]) -> None:
 
 @_scenario(_check_failing_root)
 def a_failing_root_is_everybodys_error_and_the_group_goes_on(member: Member) -> Any:
-    def fail(*_: object) -> None:
-        msg = "the disk of the root"
-        raise OSError(msg)
-
     with member.connect(100) as log:
         _x(log)
-        if log._host is not None:  # noqa: SLF001
-            log._host.coordinator._entry = fail  # type: ignore[assignment, method-assign]  # noqa: SLF001
-        error = _raised(lambda: log.write(0))
-        if log._host is not None:  # noqa: SLF001
-            del log._host.coordinator._entry  # noqa: SLF001
+        with member.failing_root(log):
+            error = _raised(lambda: log.write(0))
         _x(log)
         return error, log.write(1).metrics
 

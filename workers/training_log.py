@@ -42,7 +42,9 @@ from logsync.coordinator.messages import (
     encode,
     encode_hello,
 )
+from logsync.workers import termination
 from logsync.workers.absence import Absence
+from logsync.workers.hosting import Hosting
 from logsync.workers.ledger import Ledger, with_updates
 from logsync.workers.optimizers import Watch
 from logsync.workers.overlap import Flight, Outcome, Overlap
@@ -90,7 +92,7 @@ class TrainingLog(Ledger):
         self,
         transport: Transport,
         settings: Settings,
-        host: Host | None,
+        host: Hosting | None,
         *,
         given_run_dir: str | None = None,
         warn_after_s: float = 60.0,
@@ -207,7 +209,7 @@ class TrainingLog(Ledger):
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether the coordinator, and with it the sinks, run in this process."""
+        """Whether this rank speaks for the coordinator, which runs in its process or in an actor: rank 0."""
         return self._host is not None
 
     @property
@@ -273,10 +275,13 @@ class TrainingLog(Ledger):
     def load_state_dict(self, state_dict: Mapping[str, bytes]) -> None:  # noqa: D102 - as the base says
         self._collect()
         self._come_back()
+        if self._unusable is not None:
+            raise copy.copy(self._unusable)
         super().load_state_dict(state_dict)
         if self._host is not None:
             self._host.loaded(self.state, self._last_entry, self.calls)
         self._window.clear()
+        self._doubtful = None
         self._parked = 0
 
     def write(self, step: LogStepType, values: Mapping[str, Any] | None = None) -> LogEntry:
@@ -459,6 +464,7 @@ class TrainingLog(Ledger):
 
     def _begin(self) -> None:
         """Refuse what cannot make a round, and hand over the entry that `annotate` could still add to."""
+        termination.wait_if_ending()
         self._collect()
         if self._owed is not None:
             owed, self._owed = self._owed, None
@@ -544,7 +550,7 @@ class TrainingLog(Ledger):
             self._parked, self._lease, self._left = self._left, 0, 0
 
     def _entries_made(self) -> int:
-        return self._host.coordinator.entries_made if self._host is not None else 0
+        return self._host.entries_made if self._host is not None else 0
 
     def _tell(self, decision: Decision) -> None:
         for notice in decision.notices:
@@ -696,22 +702,25 @@ class TrainingLog(Ledger):
         self._transport.close()
         self._transport = LocalTransport()
         if self._host is not None:
-            reply = self._host.detach(self._rank, self._round)
-            self._transport.start(self._host.decide_alone)
+            root, reply = self._host.go_on_here(self._alone, self._rank, self._round)
+            self._transport.start(root)
             if reply is not None:
                 return reply
         else:
-            coordinator = Coordinator.alone(
-                self._settings,
-                self._world_size,
-                self._rank,
-                run=self._run,
-                number=self._round,
-                state=self.state,
-                entry_call=self._entry_call,
-            )
+            coordinator = self._alone()
             self._transport.start(lambda frames: coordinator.handle(frames, time.time())[0])
         return self._transport.exchange(frame)
+
+    def _alone(self) -> Coordinator:
+        return Coordinator.alone(
+            self._settings,
+            self._world_size,
+            self._rank,
+            run=self._run,
+            number=self._round,
+            state=self.state,
+            entry_call=self._entry_call,
+        )
 
     # -- beginning and end -------------------------------------------------------------------------------------
 
@@ -725,13 +734,17 @@ class TrainingLog(Ledger):
         hello = encode_hello(Hello(self._rank, self._world_size, version, self._settings))
         try:
             self._transport.start(self._host.handle if self._host is not None else None, self.position)
-            self._accept(self._exchange(hello, patient=False))
+            # As at the end of an epoch: where this process takes the place of one that was lost, the reply says from
+            # what number on it counts.
+            self._accept(self._exchange(hello, patient=False), ended=True)
         except BaseException:
             self._let_go()
             raise
         self._rounds = self._bytes_sent = 0
         self._wait_s = 0.0
         _open_logs.add(self)
+        if isinstance(self._host, Host):
+            termination.flush_at_sigterm(self._host)
 
     def __enter__(self) -> TrainingLog:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
@@ -794,9 +807,11 @@ class TrainingLog(Ledger):
         """End the log without waiting for anybody; the coordinator writes what it has."""
         if self not in _open_logs:
             return
-        _open_logs.discard(self)
         if os.getpid() != self._pid:
+            _open_logs.discard(self)
             return
+        termination.wait_if_ending()
+        _open_logs.discard(self)
         if self._flight is not None and self._flight.is_built.wait(_DEVICE_S):
             self._doubtful = (self._flight.made, self._flight.taken)
         if self._host is not None and not self._complete:
@@ -829,6 +844,8 @@ class TrainingLog(Ledger):
         self._transport.close(reason)  # first: the others are waiting, the sinks are not
         if self._host is not None:
             self._host.close()
+        if isinstance(self._host, Host):
+            termination.let_go(self._host)
 
 
 def open_logs() -> tuple[TrainingLog, ...]:

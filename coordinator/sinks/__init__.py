@@ -1,1 +1,1 @@
-"""Where entries go: `base` holds the protocol and the isolation; every destination is a module, imported when named."""
+"""Where entries go: `base` has the protocol, `isolation` keeps sinks apart; each destination is a module of its own."""

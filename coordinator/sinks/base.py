@@ -29,6 +29,9 @@ class RunInfo:
         run_id: names the run, the same over all its starts.
         last_entry: when resumed, the entry before `next_seq`, as it was before `annotate`. A run that was killed at
             its last log may not have stored it.
+        begun: whether this process has given entries to the sinks for this `run_dir` already.
+        recovered: the root was lost and another one goes on in the same start of the job. All that is stored stays;
+            entries come again, from `next_seq` on, that may be stored already. `last_entry` is the first of them.
     """
 
     run_dir: Path
@@ -39,6 +42,17 @@ class RunInfo:
     resumed: bool
     run_id: str = ""
     last_entry: LogEntry | None = None
+    begun: bool = False
+    recovered: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """Whether files that lie in `run_dir` are this run's, to be continued.
+
+        A state from before the first entry cannot tell: the run may have been killed before it had set aside what
+        another one left there.
+        """
+        return self.recovered or (self.resumed and (self.next_seq > 0 or self.begun))
 
     def unwritten(self, newest_seq: int) -> LogEntry | None:
         """Return the checkpoint's last entry if the run was killed before it was stored.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from logsync.coordinator.errors import printable
-from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.messages import INT64_MAX, LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 
 __all__ = ["Appender", "Reader", "Record", "absolute", "open_for", "replace", "set_aside"]
@@ -27,13 +28,14 @@ class Record(NamedTuple):
         data: its bytes.
         seq: the entry's number; None for what is no entry, -1 for what belongs to the file, such as a header.
         whole: whether it can be read back; False for a torn one.
-        time: the entry's, where it has one.
+        time, attempt: the entry's, where it has them.
     """
 
     data: bytes
     seq: int | None
     whole: bool = True
     time: float | None = None
+    attempt: int | None = None
 
 
 Reader: TypeAlias = Callable[[BinaryIO], Iterator[Record]]
@@ -44,11 +46,14 @@ class Appender:
 
     What was given to `append` is in the kernel's hands when it returns, and on the disk after `close`. What could
     be written only in part (a full disk) is taken back.
+
+    Args:
+        newest_seq: the last `seq` that was there when the file was opened, -1 if there was none.
     """
 
     def __init__(self, path: Path, newest_seq: int = -1) -> None:
         self._path = path
-        self._newest_seq = newest_seq
+        self.newest_seq = newest_seq
         # Unbuffered: one write() per record, and nothing left that a later flush or close could fail to write.
         self._file: io.FileIO = path.open("ab", buffering=0)
         self._torn_at: int | None = None
@@ -65,7 +70,7 @@ class Appender:
 
     def missing_entry(self, run: RunInfo) -> LogEntry | None:
         """Return the checkpoint's last entry if the run was killed before it was written here."""
-        newest = self._newest_seq
+        newest = self.newest_seq
         missing = run.unwritten(newest)
         if missing is None and run.resumed and 0 <= newest < run.next_seq - 1:
             _logger.warning(
@@ -111,43 +116,55 @@ def absolute(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
 
-def open_for(run: RunInfo, path: Path, read: Reader) -> Appender:
+def open_for(run: RunInfo, path: Path, read: Reader, *beside: Path, keeps_all: bool = False) -> Appender:
     """Make the folder of `path`, continue the file or set it aside, and open it for appending.
 
     A resumed run's file is cut back: entries from the run's first `seq` on go, and so does a torn last record.
 
     Args:
         read: yields the file's records in order; every byte belongs to one.
+        beside: files that belong to it, and are set aside with it.
+        keeps_all: nothing is cut back but a torn last record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     newest = -1
     if path.is_file() and path.stat().st_size:
-        if not run.resumed or _is_anothers(path, run, read):
-            set_aside(path)
+        if not run.continues or _is_anothers(path, run, read):
+            set_aside(path, beside=beside)
         else:
-            newest = _cut_back(path, run.next_seq, read)
+            newest = _cut_back(path, INT64_MAX if keeps_all else run.next_seq, read)
     return Appender(path, newest)
 
 
 def _is_anothers(path: Path, run: RunInfo, read: Reader) -> bool:
     """Say whether the file is of a run before, which this one had no time to set aside: it was killed at once."""
-    if run.last_entry is None or run.next_seq != 1:
+    last = run.last_entry
+    if last is None or run.begun:
         return False
     with path.open("rb") as file:
-        first = next((record for record in read(file) if record.seq == 0), None)
-    return first is not None and first.time is not None and first.time != run.last_entry.time
+        found = next((record for record in read(file) if record.seq == last.seq), None)
+    if found is None or found.time in {None, last.time}:
+        return False
+    # One start of the job makes an entry once. Another start may have made it again, from an earlier checkpoint; but
+    # what a root that was lost had made was made in this one.
+    return run.recovered or found.attempt == last.attempt
 
 
-def set_aside(path: Path, files: Sequence[Path] | None = None) -> None:
+def set_aside(path: Path, files: Sequence[Path] | None = None, *, beside: Sequence[Path] = ()) -> None:
     """Rename what an earlier run left at `path` to the next free number, and say so.
 
     Args:
         files: if given, `path` is a folder, and only these files of it move; it stays.
+        beside: files that get the same number, where there are such.
     """
     if files is not None and not files:
         return
-    aside = _free_name(path)
+    number = next(n for n in itertools.count(1) if not any(os.path.lexists(_numbered(p, n)) for p in (path, *beside)))
+    aside = _numbered(path, number)
     if files is None:
+        for other in beside:
+            with contextlib.suppress(FileNotFoundError):
+                other.rename(_numbered(other, number))
         path.rename(aside)
     else:
         aside.mkdir()
@@ -172,11 +189,8 @@ def replace(path: Path, data: bytes) -> None:
         raise
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.{number}")):
-        number += 1
-    return aside
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 def _cut_back(path: Path, next_seq: int, read: Reader) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -35,22 +35,26 @@ class JsonlSink:
     A resumed run continues the file: entries from its first `seq` on are cut off, and so is a torn last line; the
     checkpoint's last entry is added where the run was killed before it was written. A run
     that is not resumed never touches what it finds: the old file is renamed to `metrics.jsonl.1`, or the next free
-    number. Hyperparameters go to `hyperparams.json` beside it.
+    number. So does a run that goes on from before its first entry. Hyperparameters go to `hyperparams.json` beside it,
+    which is renamed with it.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._path = absolute(path)
         self._file: Appender | None = None
         self._hyperparams: Path | None = None
+        self._stored = -1  # the last seq that was there already when the root was recovered
 
     def open(self, run: RunInfo) -> None:
         """Make the folder, continue the file or set it aside, and open it for appending."""
         path = run.run_dir / "metrics.jsonl" if self._path is None else self._path
-        self._file = open_for(run, path, _records)
+        hyperparams = path.with_name("hyperparams.json")
+        self._file = open_for(run, path, _records, hyperparams, keeps_all=run.recovered)
+        self._stored = self._file.newest_seq if run.recovered else -1
         missing = self._file.missing_entry(run)
         if missing is not None:
             self.write(missing)
-        self._hyperparams = path.with_name("hyperparams.json") if self._file.is_regular else None
+        self._hyperparams = hyperparams if self._file.is_regular else None
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Write them to `hyperparams.json`; what JSON has no word for becomes its text."""
@@ -59,11 +63,12 @@ class JsonlSink:
             replace(self._hyperparams, msgspec.json.format(encoded, indent=2) + b"\n")
 
     def write(self, entry: LogEntry) -> None:
-        """Append one line; if that fails, leave the file as it was."""
+        """Append one line, if it is not there yet; if that fails, leave the file as it was."""
         if self._file is None:
             msg = "write() on a JsonlSink that is not open"
             raise ValueError(msg)
-        self._file.append(_line(entry))
+        if entry.seq > self._stored:
+            self._file.append(_line(entry))
 
     def close(self) -> None:
         """Bring the file to the disk and close it; a second call does nothing."""
@@ -74,11 +79,15 @@ class JsonlSink:
 
 class _Head(msgspec.Struct):
     seq: int
-    time: msgspec.Raw = msgspec.Raw()  # read apart: a line whose time is no number still has its seq
+    # Read apart: a line whose time is no number still has its seq.
+    time: msgspec.Raw = msgspec.Raw()
+    attempt: msgspec.Raw = msgspec.Raw()
 
 
+_Value = TypeVar("_Value")
 _head = msgspec.json.Decoder(_Head)
 _time = msgspec.json.Decoder(float)
+_attempt = msgspec.json.Decoder(int)
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -112,7 +121,8 @@ def _records(file: BinaryIO) -> Iterator[Record]:
         if head is None:
             yield Record(line, None, whole=whole)
         else:
-            yield Record(line, head.seq, whole=whole, time=_time_of(head))
+            time, attempt = _read(_time, head.time), _read(_attempt, head.attempt)
+            yield Record(line, head.seq, whole=whole, time=time, attempt=attempt)
 
 
 def _head_of(line: bytes) -> _Head | None:
@@ -122,9 +132,9 @@ def _head_of(line: bytes) -> _Head | None:
         return None
 
 
-def _time_of(head: _Head) -> float | None:
+def _read(decoder: msgspec.json.Decoder[_Value], data: msgspec.Raw) -> _Value | None:
     try:
-        return _time.decode(head.time)
+        return decoder.decode(data)
     except _NOT_JSON:
         return None
 

@@ -64,7 +64,7 @@ class TensorboardSink:
         folder.mkdir(parents=True, exist_ok=True)
         kept: list[_Point] = []
         purged = None
-        if run.resumed:
+        if run.continues:
             kept, purged = self._cut_back(folder, run.next_seq)
         else:
             set_aside(folder, _our_files(folder))

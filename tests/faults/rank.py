@@ -31,6 +31,7 @@ from logsync.coordinator.errors import LogsyncError
 from logsync.workers import TrainingLog, connect
 
 HARD_LIMIT_S = 80
+NOTES_S = 20
 EXCEPTION = "the loss of batch 17 is not finite\nand a second line"
 
 
@@ -98,6 +99,7 @@ class Rank:
         self.log = log = connect(self.plan["frequency"], run_dir=self.plan["run_dir"], **self.plan["connect"])
         try:
             with log:
+                self._be_known(log)
                 try:
                     if self.plan["lengths"]:
                         self._train_epochs(log)
@@ -138,6 +140,14 @@ class Rank:
             enter_netns(self.plan["netns"])
         os.environ.update(self.plan["environ"])
         self.events.tell("here", pid=os.getpid())
+
+    def _be_known(self, log: TrainingLog) -> None:
+        """Wait until this rank's first note is in the store: one that dies before that cannot be told from others."""
+        watch: Any = log._transport
+        watch = watch._watch
+        deadline = time.monotonic() + NOTES_S
+        while self.rank not in watch._read() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _train(self, log: TrainingLog) -> None:
         for step in range(self.plan["steps"]):

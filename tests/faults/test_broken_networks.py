@@ -30,7 +30,11 @@ def test_when_the_connections_of_a_rank_are_reset_all_fail_and_nobody_is_blamed_
 
 
 class Switch:
-    """Network namespaces on one bridge, each with an interface and an address of its own."""
+    """Network namespaces on one bridge, each with an interface and an address of its own.
+
+    The bridge is in a namespace, too: in the machine's own a firewall, as container engines set one up, would filter
+    what it passes on.
+    """
 
     def __init__(self, size: int) -> None:
         self.name = f"ls{os.getpid() % 10**7}"
@@ -40,15 +44,19 @@ class Switch:
     def plug(self) -> str:
         """Build it; returns why it cannot be built."""
         try:
+            self._ip(f"netns add {self.name}")
             # With an address of its own: it would take that of a port, whose frames then came through in any case.
-            self._ip(f"link add {self.name} address 02:00:00:00:00:01 type bridge")
+            self._ip(f"-n {self.name} link add bridge address 02:00:00:00:00:01 type bridge")
+            self._ip(f"-n {self.name} link set bridge up")
+            self._ip(f"link add {self.name} type veth peer name here netns {self.name}")
+            self._ip(f"-n {self.name} link set here master bridge up")
             self._ip(f"addr add {self.address}/24 dev {self.name}")
             self._ip(f"link set {self.name} up")
             for rank in range(self.size):
-                space, port = self.space(rank), self._port(rank)
+                space = self.space(rank)
                 self._ip(f"netns add {space}")
-                self._ip(f"link add {port} type veth peer name eth0 netns {space}")
-                self._ip(f"link set {port} master {self.name} up")
+                self._ip(f"-n {self.name} link add port{rank} type veth peer name eth0 netns {space}")
+                self._ip(f"-n {self.name} link set port{rank} master bridge up")
                 self._ip(f"-n {space} addr add 10.213.7.{rank + 10}/24 dev eth0")
                 self._ip(f"-n {space} link set lo up")
                 self._ip(f"-n {space} link set eth0 up")
@@ -58,25 +66,22 @@ class Switch:
 
     def cut(self, rank: int) -> None:
         """Let nothing of a rank come through any more, without a word to either side."""
-        self._ip(f"link set {self._port(rank)} nomaster")
+        self._ip(f"-n {self.name} link set port{rank} nomaster")
 
     def heal(self, rank: int) -> None:
         """Let everything through again."""
-        self._ip(f"link set {self._port(rank)} master {self.name}")
+        self._ip(f"-n {self.name} link set port{rank} master bridge")
 
     def remove(self) -> None:
         """Take down what was built."""
         for rank in range(self.size):
-            self._ip(f"link del {self._port(rank)}", check=False)
             self._ip(f"netns del {self.space(rank)}", check=False)
         self._ip(f"link del {self.name}", check=False)
+        self._ip(f"netns del {self.name}", check=False)
 
     def space(self, rank: int) -> str:
         """Return the name of a rank's namespace."""
         return f"{self.name}n{rank}"
-
-    def _port(self, rank: int) -> str:
-        return f"{self.name}p{rank}"
 
     def _ip(self, arguments: str, *, check: bool = True) -> None:
         command = ["ip", *arguments.split()]

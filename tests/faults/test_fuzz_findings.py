@@ -12,6 +12,7 @@ from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import LogsyncError, ProtocolError, StateMismatch, UnreadableReply
 from logsync.coordinator.messages import (
     INT64_MAX,
+    MAX_CALL,
     Hello,
     KeySpec,
     State,
@@ -54,7 +55,7 @@ def test_after_a_load_of_the_largest_counters_replies_can_be_read(counter: str) 
     with pytest.raises(ValueError, match="not a state of logsync"):
         loaded(last_log_step=None, **{counter: INT64_MAX})
 
-    world = loaded(last_log_step=None, **{counter: 2**62 - 1000})
+    world = loaded(last_log_step=None, **{counter: MAX_CALL - 1000})
     call(world, 20)
     call(world, 40)
 
@@ -63,7 +64,7 @@ def test_a_state_that_was_loaded_can_be_saved_and_loaded_again() -> None:
     with pytest.raises(ValueError, match="not a state of logsync"):
         loaded(missed=INT64_MAX)
 
-    world = loaded(missed=2**62 - 1000)
+    world = loaded(missed=MAX_CALL - 1000)
     call(world, 4)
     decode_state(world.ranks[0].state_dict()["state"])
 

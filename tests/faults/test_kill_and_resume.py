@@ -92,7 +92,7 @@ def drawn_kills(dice: random.Random, count: int) -> list[list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     "count",
     [
-        pytest.param(4, id="some", marks=pytest.mark.timeout(110)),
+        pytest.param(2, id="some", marks=pytest.mark.timeout(110)),
         pytest.param(KILLS, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(120 + 30 * KILLS)]),
     ],
 )

@@ -25,7 +25,7 @@ from support.simulation import (
     simulate,
 )
 
-SEEDS = 1500
+SEEDS = 1000
 SIMULATIONS = int(os.environ.get("LOGSYNC_SIMULATIONS", "100000"))
 OFTEN = (
     "agreed errors",

@@ -104,7 +104,7 @@ def assert_the_sinks_losses_were_told(ran: Ran) -> None:
 
 @pytest.mark.timeout(100)
 def test_ranks_that_stall_and_change_their_minds_agree_on_every_call_and_every_value(tmp_path: Path) -> None:
-    ran = soaked(tmp_path, 10.0)
+    ran = soaked(tmp_path, 5.0)
 
     report(ran)
     assert_all_ranks_had_the_same_answers(ran)

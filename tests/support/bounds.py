@@ -35,6 +35,10 @@ def _int(value: object, least: int = 0, most: int = INT64) -> bool:
     return type(value) is int and least <= value <= most
 
 
+def _call(value: object) -> bool:
+    return _int(value, 0, 2**61)
+
+
 def _count(value: object) -> bool:
     return _int(value, 0, 2**62)
 
@@ -135,10 +139,10 @@ BOUNDS: dict[type, dict[str, Rule]] = {
     NewEpoch: {"call": _count, "missed": _count},
     Report: {
         "protocol": _int, "run": _text(32), "round": _int, "rank": _rank, "world_size": _world,
-        "kind": _one_of("decision", "write", "ended", "closed"), "call": _int, "step": _step,
+        "kind": _one_of("decision", "write", "ended", "closed"), "call": _call, "step": _step,
         "check_model_update": _flag, "rhythm": _a(Rhythm), "events": _many(_a(Event), 65_536),
         "window": _a(Window), "fault": _maybe(_a(Failure)),
-        "restore": _blob(16_384), "waited_s": _maybe(_seconds), "host": _text(64),
+        "restore": _blob(16_384), "waited_s": _maybe(_seconds), "host": _text(64), "restored_at": _call,
     },
     Decision: {
         "protocol": _int, "run": _text(32), "round": _int, "log_ready": _flag, "lease": _int, "state": _a(State),

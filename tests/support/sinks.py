@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import msgspec
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo, Sink
 
-__all__ = ["entry", "feed", "run"]
+__all__ = ["Gate", "entry", "feed", "run", "wait_for"]
 
 
 def entry(seq: int, metrics: dict[str, float] | None = None, **changes: object) -> LogEntry:
@@ -49,3 +51,36 @@ def feed(make: Callable[[], Sink], info: RunInfo, *entries: LogEntry, close: boo
     if close:
         sink.close()
     return sink
+
+
+class Gate:
+    """A sink whose writes wait until they are let through, and that can be told to raise."""
+
+    def __init__(self) -> None:
+        self.open_gate = threading.Event()
+        self.tries = 0
+        self.seqs: list[int] = []
+        self.metrics: list[dict[str, float]] = []
+        self.error: Exception | None = None
+        self.closed = 0
+
+    def open(self, run: RunInfo) -> None:
+        pass
+
+    def write(self, got: LogEntry) -> None:
+        self.tries += 1
+        assert self.open_gate.wait(30)
+        if self.error is not None:
+            raise self.error
+        self.seqs.append(got.seq)
+        self.metrics.append(got.metrics)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.sinks.base import SinkSpec
 from logsync.workers import TrainingLog, connect
 from logsync.workers.transports.threads import ThreadWorld
 
@@ -20,16 +21,25 @@ DEADLINE_S = 20.0
 class Job:
     """Ranks as threads, and the entries of their log."""
 
-    def __init__(self, world_size: int, frequency: float | None, *, timeout: float = 20.0, **options: Any) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        frequency: float | None,
+        *,
+        timeout: float = 20.0,
+        sinks: Sequence[SinkSpec] = (),
+        **options: Any,
+    ) -> None:
         self.world_size = world_size
         self.entries: list[LogEntry] = []
         self._world = ThreadWorld(world_size, timeout_s=timeout)
         self._frequency = frequency
+        self._sinks = [self.entries.append, *sinks]
         self._options = options
 
     def connect(self, rank: int) -> TrainingLog:
         transport = self._world.transports[rank]
-        return connect(self._frequency, transport=transport, sinks=[self.entries.append], **self._options)
+        return connect(self._frequency, transport=transport, sinks=self._sinks, **self._options)
 
     def play(self, train: Callable[[TrainingLog], T]) -> list[T]:
         """Have every rank train; returns what they returned, or raised, by rank."""

@@ -15,7 +15,7 @@ from logsync.coordinator.lease import Cadence
 from support.lockstep import Lockstep, settings
 from support.schedules import Schedule, check_schedule, random_schedule
 
-EXAMPLES = 1500
+EXAMPLES = 1000
 DECISIONS = int(os.environ.get("LOGSYNC_DECISIONS", "10000000"))
 
 

@@ -882,7 +882,7 @@ def test_a_load_in_mid_run_counts_calls_from_the_load() -> None:
     for step in (0, 1, 2):
         root.round(step)
 
-    root.round(51, call=44, restore=encode(state_at(50, missed=4)))
+    root.round(51, call=44, restore=encode(state_at(50, missed=4)), restored_at=43)
 
     assert one(root.round(60, call=53)).calls == 10
 

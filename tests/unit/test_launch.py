@@ -142,7 +142,7 @@ def test_a_process_group_and_local_contradict_each_other() -> None:
 
 @pytest.mark.parametrize("transport", ["", "gloo", "threads", None, 3, object(), LocalTransport])
 def test_an_unknown_transport_is_refused_with_those_there_are(transport: object) -> None:
-    with pytest.raises(ConfigError, match="must be 'auto', 'local', 'collective' or a Transport, given"):
+    with pytest.raises(ConfigError, match="must be 'auto', 'local', 'collective', 'ray' or a Transport, given"):
         choose(transport)
 
 

@@ -93,6 +93,7 @@ ALLOWED = {
     "rounds": {"messages", "errors"},
     "waits": {"messages", "errors"},
     "core": {"frequency", "lease", "rounds", "reduction", "waits", "messages", "errors"},
+    "memory": {"core", "rounds", "messages", "errors"},
 }
 
 
@@ -109,8 +110,9 @@ def test_every_deciding_module_has_its_rule() -> None:
     assert set(DECIDING) == {f"{ROOT}.{module}" for module in ALLOWED}
 
 
-# The collective transport, and what it alone loads.
+# The collective transport, and what it alone loads; and that of Ray.
 COLLECTIVE = {f"{RANKS}.transports.collective"}
+RAY = {f"{RANKS}.transports.ray_actor"}
 # The command line's trial of the ranks has no script that would make their process group.
 TRIAL = {f"{RANKS}.cli.roundtrip"}
 
@@ -129,7 +131,11 @@ def test_no_other_module_imports_torch_or_ray_by_itself() -> None:
     at_import = {m: top(imports(tree, at_import_only=True)) for m, tree in EVERYTHING.items()}
 
     assert {m for m, names in at_import.items() if "torch" in names} == COLLECTIVE
-    assert not {m for m, names in at_import.items() if names & {"ray", "numpy"}}
+    assert not {m for m, names in at_import.items() if "numpy" in names}
+    assert {m for m, tree in EVERYTHING.items() if "ray" in top(imports(tree))} == RAY
+    for module, tree in EVERYTHING.items():
+        if module not in RAY:
+            assert not imports(tree, at_import_only=True) & RAY, f"{module} loads it before it is chosen"
     assert {m for m, tree in EVERYTHING.items() if "torch" in top(imports(tree))} == {
         *COLLECTIVE,
         *TRIAL,

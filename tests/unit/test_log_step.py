@@ -23,6 +23,7 @@ from logsync.coordinator.errors import (
     RoundMismatch,
     RoundTimeout,
 )
+from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry
 from logsync.workers import TrainingLog, connect
 from logsync.workers.transports.local import LocalTransport
@@ -324,7 +325,8 @@ def test_leaving_by_an_exception_writes_what_a_round_under_way_had_taken_exactly
             transport.hold = not decided
             log.log_step(1, n=2.0)
             if decided:
-                while log._host is None or log._host.coordinator.next_seq < 2:
+                assert isinstance(log._host, Host)
+                while log._host.coordinator.next_seq < 2:
                     time.sleep(0.001)
             else:
                 assert transport.entered.wait(20)

@@ -18,6 +18,7 @@ from logsync.coordinator.errors import ProtocolError
 from logsync.coordinator.messages import (
     HELLO_SIZE,
     INT64_MAX,
+    MAX_CALL,
     MAX_FRAME,
     MAX_NAME,
     MAX_WAIT_S,
@@ -64,6 +65,7 @@ events = st.builds(Event, naturals, st.sampled_from(["update", "written", "frequ
 few_ranks = st.lists(ranks, max_size=16).map(tuple)
 failures = st.builds(Failure, st.text(max_size=32), st.text(max_size=99), few_ranks, st.none() | naturals, steps)
 counts = st.integers(0, 2**62)
+calls = st.integers(0, MAX_CALL)
 seconds = st.floats(0, MAX_WAIT_S)
 waits = st.builds(
     Waits, ranks, seconds, seconds, seconds, st.text(max_size=128), steps.filter(lambda step: step is not None), ranks
@@ -105,7 +107,7 @@ reports = st.builds(
     ranks,
     worlds,
     st.sampled_from(["decision", "write", "ended", "closed"]),
-    naturals,
+    calls,
     steps,
     st.booleans(),
     rhythms,
@@ -115,6 +117,7 @@ reports = st.builds(
     st.binary(max_size=99),
     st.none() | seconds,
     st.text(max_size=64),
+    calls,
 )
 decisions = st.builds(
     Decision,
@@ -238,7 +241,7 @@ BAD_FIELDS: list[tuple[Any, str, list[Any]]] = [
     (REPORT, "rank", [-1, 2**20, "0", None]),
     (REPORT, "world_size", [0, -1, 2**20 + 1, None]),
     (REPORT, "kind", ["", "hello", 3, None]),
-    (REPORT, "call", [-1, 2**63, 1.5, None]),
+    (REPORT, "call", [-1, 2**61 + 1, 2**63, 1.5, None]),
     (REPORT, "step", BAD_STEPS),
     (REPORT, "check_model_update", [0, 1, None, "yes"]),
     (REPORT, "rhythm", [None, 3, [math.nan], [-1], [None, -1], [None, None, None], {"rise": 1},
@@ -251,6 +254,7 @@ BAD_FIELDS: list[tuple[Any, str, list[Any]]] = [
     (REPORT, "restore", [None, "text", b"x" * 16_385]),
     (REPORT, "waited_s", [-1e-9, math.nan, math.inf, -math.inf, MAX_WAIT_S * 1.01, 2**63, "1", [1.0], b"1"]),
     (REPORT, "host", [None, "x" * 65, b"x", 3]),
+    (REPORT, "restored_at", [-1, 2**61 + 1, 1.5, None]),
     (STATE, "log_frequency", BAD_STEPS),
     (STATE, "frequency_type", ["", "steps", None, 3]),
     (STATE, "last_log_step", BAD_STEPS),

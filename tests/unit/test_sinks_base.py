@@ -130,7 +130,7 @@ def test_a_destination_is_imported_only_when_named() -> None:
     script = (
         "import sys; from logsync.coordinator.sinks.isolation import SinkSet; SinkSet([print]);"
         "ours = {m for m in sys.modules if m.startswith('logsync.coordinator.sinks.')};"
-        "assert {m.rpartition('.')[2] for m in ours} == {'base', 'isolation'}, ours;"
+        "assert {m.rpartition('.')[2] for m in ours} == {'base', 'isolation', 'lane'}, ours;"
         "assert 'rich' not in sys.modules; SinkSet(['jsonl']); assert 'rich' not in sys.modules"
     )
 

@@ -92,17 +92,40 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(
     assert points(file) == [*old, (next_seq, "a\nb", -1.0)]
 
 
-def test_a_file_cut_off_at_any_byte_is_repaired_and_loses_no_whole_row(tmp_path: Path, file: Path) -> None:
-    feed(CsvSink, run(tmp_path), entry(0, {'a"\n,b': 0.25, "é": 0.125}), entry(1))
+def test_a_file_cut_off_at_any_byte_keeps_each_entry_whole_or_not_at_all(tmp_path: Path, file: Path) -> None:
+    feed(CsvSink, run(tmp_path), entry(0, {'a"\n,b': 0.25, "é": 0.125}), last := entry(1, {"x": 1.0, "y\n": 2.5}))
     whole = file.read_bytes()
-    kept = [(0, 'a"\n,b', 0.25), (0, "é", 0.125), (1, "loss", 0.5)]
-    ends = [whole.index(b"0.25\n") + 5, whole.index(b"0.125\n") + 6, len(whole)]
+    first = [(0, 'a"\n,b', 0.25), (0, "é", 0.125)]
+    second = [(1, "x", 1.0), (1, "y\n", 2.5)]
+    assert points(file) == [*first, *second]
 
     for length in range(len(whole) + 1):
         file.write_bytes(whole[:length])
-        feed(CsvSink, run(tmp_path, 2, resumed=True), entry(2))
+        feed(CsvSink, run(tmp_path, 2, resumed=True, last_entry=last), entry(2))
 
-        assert points(file) == [*kept[: sum(length >= end for end in ends)], (2, "loss", 1.0)], length
+        found = points(file)
+        if length >= whole.index(b"0.125\n") + 6:
+            assert found == [*first, *second, (2, "loss", 1.0)], length
+        elif length - whole.index(b"0.25\n") in {5, 6}:  # where nobody knows of a further row, none is missed
+            assert found == [first[0], *second, (2, "loss", 1.0)]
+        else:
+            assert found == [(2, "loss", 1.0)], length
+
+
+def test_an_entry_that_lacks_its_last_rows_is_replaced_by_the_checkpoints(tmp_path: Path, file: Path) -> None:
+    last = entry(1, {"a": 1.0, "b": 2.0, "c": 3.0})
+    feed(CsvSink, run(tmp_path), entry(0), entry(1, {**last.metrics, "annotated": 4.0}))
+    complete = points(file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+
+    feed(CsvSink, run(tmp_path, 2, resumed=True, last_entry=last))
+    assert points(file) == complete
+    for left in (2, 3, 4):
+        file.write_bytes(b"".join(lines[:left]))
+        feed(CsvSink, run(tmp_path, 2, resumed=True, last_entry=last), entry(2))
+
+        assert points(file) == [(0, "loss", 0.0), *((1, *item) for item in last.metrics.items()), (2, "loss", 1.0)]
 
 
 @pytest.mark.parametrize("torn", [b"\0" * 4096, b'2,20,1.0,0,"lo', b"\xff\xfe", b'"', b"9" * 200_000])

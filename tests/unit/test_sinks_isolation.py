@@ -9,47 +9,23 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from logsync.coordinator.messages import LogEntry
-from logsync.coordinator.sinks import isolation
+from logsync.coordinator.sinks import lane as lanes
 from logsync.coordinator.sinks.base import RunInfo
-from logsync.coordinator.sinks.isolation import Lane, SinkSet
+from logsync.coordinator.sinks.isolation import SinkSet
+from logsync.coordinator.sinks.lane import Lane
+from support.sinks import Gate, wait_for
 
 RUN = RunInfo(Path("unused"), "train", attempt=0, world_size=2, next_seq=0, resumed=False)
 
 
 def entry(seq: int) -> LogEntry:
     return LogEntry(seq, seq * 10, 1.5, 0, 10, 2, {"loss": seq / 4})
-
-
-class Gate:
-    """A sink whose writes wait until they are let through, and that can be told to raise."""
-
-    def __init__(self) -> None:
-        self.open_gate = threading.Event()
-        self.tries = 0
-        self.seqs: list[int] = []
-        self.metrics: list[dict[str, float]] = []
-        self.error: Exception | None = None
-        self.closed = 0
-
-    def open(self, run: RunInfo) -> None:
-        pass
-
-    def write(self, got: LogEntry) -> None:
-        self.tries += 1
-        assert self.open_gate.wait(30)
-        if self.error is not None:
-            raise self.error
-        self.seqs.append(got.seq)
-        self.metrics.append(got.metrics)
-
-    def close(self) -> None:
-        self.closed += 1
 
 
 @pytest.fixture
@@ -63,13 +39,6 @@ def prepared(*sinks: object, **options: float) -> SinkSet:
     made = SinkSet(list(sinks), **options)  # type: ignore[arg-type]
     made.prepare(RUN)
     return made
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_sink_that_blocks_keeps_neither_the_writer_nor_another_sink_waiting(gate: Gate) -> None:
@@ -90,7 +59,7 @@ def test_a_sink_that_blocks_keeps_neither_the_writer_nor_another_sink_waiting(ga
 def test_of_more_entries_than_the_queue_holds_the_oldest_are_lost_and_counted(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(isolation, "CAPACITY", 5)
+    monkeypatch.setattr(lanes, "CAPACITY", 5)
     sinks = prepared(gate)
     sinks.write(entry(0))
     wait_for(lambda: gate.tries == 1)
@@ -107,7 +76,7 @@ def test_of_more_entries_than_the_queue_holds_the_oldest_are_lost_and_counted(
 def test_what_a_sink_has_lost_is_a_metric_of_the_entries_that_follow(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolation, "CAPACITY", 1)
+    monkeypatch.setattr(lanes, "CAPACITY", 1)
     seen: list[LogEntry] = []
     sinks = prepared(gate, seen.append)
     given = [entry(seq) for seq in range(4)]
@@ -135,8 +104,8 @@ def test_a_dead_server_is_tried_ever_less_often_and_an_outage_that_passes_loses_
                 sink.error = None
                 ready.set()
 
-    monkeypatch.setattr(isolation, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(isolation, "LONGEST_PAUSE_S", 0.008)
+    monkeypatch.setattr(lanes, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(lanes, "LONGEST_PAUSE_S", 0.008)
     sink = Gate()
     sink.open_gate.set()
     sink.error = ConnectionError("the server is gone")
@@ -153,15 +122,15 @@ def test_a_dead_server_is_tried_ever_less_often_and_an_outage_that_passes_loses_
     assert [level for level, _ in told] == [logging.ERROR, logging.WARNING]
     assert "ConnectionError: the server is gone; entry seq 0 (step 0) waits, and is tried again" in told[0][1]
     assert told[1][1] == "sink Gate works again; it has lost 0 entries so far"
-    lane.end(RUN)
+    lane.end()
     assert lane.wait(time.monotonic() + 20)
 
 
 def test_close_tries_what_waits_once_more_without_a_pause_and_counts_what_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(isolation, "FIRST_PAUSE_S", 1000.0)
-    monkeypatch.setattr(isolation, "LONGEST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(lanes, "FIRST_PAUSE_S", 1000.0)
+    monkeypatch.setattr(lanes, "LONGEST_PAUSE_S", 1000.0)
     sink = Gate()
     sink.open_gate.set()
     sink.error = TimeoutError("no answer")

@@ -236,7 +236,8 @@ def test_entries_from_the_restored_seq_on_are_replaced_and_earlier_ones_keep_the
     write(run(tmp_path), *map(entry, range(5)))
     before = file.read_bytes().splitlines(keepends=True)
 
-    write(run(tmp_path, next_seq, resumed=True), entry(next_seq, attempt=1))
+    resumed = run(tmp_path, next_seq, resumed=True)
+    write(dataclasses.replace(resumed, begun=next_seq == 0), entry(next_seq, attempt=1))
 
     lines = file.read_bytes().splitlines(keepends=True)
     assert lines[:-1] == before[:next_seq]

@@ -1,0 +1,158 @@
+"""Everything of Ray that is tested in the usual run: real worker processes on one Ray.
+
+One file, since tests of several files may run in several processes, and each would start a Ray of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from logsync.workers.testing import SCENARIOS
+from support.ray_jobs import check_file, kill_actor, kill_for_good, lines, start, train, wait_for_line
+from support.ray_ranks import MortalSink, come_back, refused, train_while, wait_alone
+from support.ray_world import RankProcess, RayWorld
+from support.worlds import ThreadsWorld
+
+pytestmark = pytest.mark.timeout(100)
+
+SAME_EVERYWHERE = [
+    "merged_values_are_those_of_all_ranks_together",
+    "with_explicit_write_a_ready_step_stays_ready_until_it_is_written",
+    "a_state_is_the_same_bytes_everywhere_and_continues_the_log",
+]
+
+
+# -- the transport's promise -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_transport_keeps_its_promise(worlds: dict[int, RayWorld], name: str) -> None:
+    SCENARIOS[name].check(worlds[3].run(name))
+
+
+@pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.least_ranks == 1])
+def test_the_transport_keeps_its_promise_for_one_rank(worlds: dict[int, RayWorld], name: str) -> None:
+    SCENARIOS[name].check(worlds[1].run(name))
+
+
+@pytest.mark.parametrize("name", SAME_EVERYWHERE)
+def test_a_schedule_has_the_same_outcome_to_the_bit_as_among_threads(worlds: dict[int, RayWorld], name: str) -> None:
+    assert worlds[3].run(name) == ThreadsWorld(3).run(name)
+
+
+# -- ranks that come twice, come wrong, end, and come back -----------------------------------------------------
+
+
+def wait_for(path: Path, tasks: list[Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} does not come"
+        ended = ray.wait(tasks, timeout=0.02)[0]
+        assert not ended, ray.get(ended)
+
+
+def test_who_comes_wrong_is_told_and_the_others_go_on(world: RayWorld, tmp_path: Path) -> None:
+    gate = tmp_path / "stop"
+    tasks = [rank.call.remote(train_while, "refusals", str(gate)) for rank in world.ranks]
+    wait_for(tmp_path / "stop.begun", tasks)
+    stranger = RankProcess.remote(0, 1)
+
+    def told(rank: int, world_size: int, **more: Any) -> tuple[str, str]:
+        found: tuple[str, str] = ray.get(
+            stranger.call.remote(lambda *_: refused(rank, world_size, "refusals", **more)), timeout=40
+        )
+        return found
+
+    twice = told(1, 2)
+    large = told(1, 3)
+    outside = told(2, 2)
+    gate.touch()
+    sums = ray.get(tasks, timeout=40)
+    ray.kill(stranger)
+
+    assert twice[0] == "LaunchError", twice
+    assert "rank 1 is taken: rank 1 on " in twice[1], twice
+    assert "call " in twice[1], twice
+    assert large == ("ConfigMismatch", "world_size is 2 in the log that runs, but 3 on rank 1")
+    assert outside == ("LaunchError", "rank=2 does not name a rank of a world of world_size=2")
+    assert sums[0] == sums[1] == [2.0] * len(sums[0])
+    assert len(sums[0]) > 1
+
+
+def test_different_settings_of_a_process_that_comes_back_are_refused(world: RayWorld) -> None:
+    kind, text = ray.get(
+        [rank.call.remote(lambda r, n: refused(r, n, "settings", timeout=20.0 + r)) for rank in world.ranks], timeout=40
+    )[1]
+
+    assert kind == "ConfigMismatch", text
+    assert "timeout is 20.0 on rank 0, but rank 1: 21.0" in text
+
+
+def test_a_worker_that_was_killed_comes_back_as_its_rank(world: RayWorld, tmp_path: Path) -> None:
+    victim = RankProcess.remote(1, 2)
+    survivor = world.ranks[0].call.remote(come_back, "again", str(tmp_path), 0, 30)
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(victim.call.remote(come_back, "again", str(tmp_path), 0, 30), timeout=40)
+    heir = RankProcess.remote(1, 2)
+    resumed = ray.get(heir.call.remote(come_back, "again", str(tmp_path), 12, 30), timeout=40)
+    logged = ray.get(survivor, timeout=40)
+    ray.kill(heir)
+
+    assert logged == list(range(0, 30, 2))
+    assert resumed == list(range(12, 30, 2))
+    entries = lines(tmp_path)
+    assert [entry["step"] for entry in entries] == [*range(0, 30, 2), 29]
+    # Steps 11 and 12: the victim's went with it, and its heir began at 12.
+    assert [entry["step"] for entry in entries if entry.get("partial")] == [12]
+    assert [entry["one"] for entry in entries] == [2.0, *[4.0] * 5, 3.0, *[4.0] * 8, 2.0]
+
+
+def test_a_worker_that_is_gone_is_named_with_its_place(world: RayWorld) -> None:
+    victim = RankProcess.remote(1, 2)
+    pid = ray.get(victim.pid.remote(), timeout=30)
+    survivor = world.ranks[0].call.remote(wait_alone, "gone", 1.0)
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(victim.call.remote(wait_alone, "gone", 1.0), timeout=40)
+    text, ranks, warned = ray.get(survivor, timeout=40)
+
+    assert text.startswith("RoundTimeout: round 5 failed: it waited 4."), text
+    assert ranks == ["1"]
+    assert f"(pid {pid}, node " in text
+    assert "was last heard of at call 4, step 3" in text
+    assert warned, "nothing was said while it waited"
+    assert "for rank 1: rank 1 on " in warned[0]
+    assert len(warned) <= 4
+
+
+def test_without_ray_init_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    assert refused(0, 1, "none")[0] == "LaunchError"
+    assert "ray.init()" in refused(0, 1, "none")[1]
+
+
+# -- the coordinator's actor is killed -------------------------------------------------------------------------
+
+
+def test_a_log_is_whole_after_its_coordinator_was_killed_and_killed_for_good(world: RayWorld, tmp_path: Path) -> None:
+    tasks = start(world, train, str(tmp_path), 60, 0.02, "killed")
+    wait_for_line(tmp_path, 3, tasks)
+    kill_actor("killed")
+    wait_for_line(tmp_path, 7, tasks)
+    kill_for_good("killed")
+
+    check_file(tmp_path, ray.get(tasks, timeout=60), 60)
+
+
+def test_a_log_is_whole_where_the_coordinator_dies_before_and_after_a_write(world: RayWorld, tmp_path: Path) -> None:
+    sink = MortalSink(tmp_path, before=3, after=6)
+    tasks = start(world, train, str(tmp_path), 40, 0.01, "mortal", 3, None, sink)
+
+    check_file(tmp_path, ray.get(tasks, timeout=60), 40)
+    assert sorted(path.name for path in tmp_path.glob("died-*")) == ["died-after", "died-before"]

@@ -1,0 +1,124 @@
+"""What ranks of the Ray tests do when they come wrong, end, or come back; run in their worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from logsync.coordinator.errors import LogsyncError
+from logsync.coordinator.messages import LogEntry
+from logsync.coordinator.sinks.jsonl import JsonlSink
+from logsync.workers import connect
+
+__all__ = ["MortalSink", "come_back", "options", "refused", "train_while", "wait_alone", "warnings_of_logsync"]
+
+
+def options(rank: int, world_size: int, name: str, **more: Any) -> dict[str, Any]:
+    given = {"transport": "ray", "rank": rank, "world_size": world_size, "name": name, "timeout": 30.0}
+    return {"sinks": [], "run_dir": "not-used", **given, **more}
+
+
+def refused(rank: int, world_size: int, name: str, **more: Any) -> tuple[str, str]:
+    """Try to connect; return the class and the text of the error."""
+    try:
+        connect(1, **options(rank, world_size, name, **more))
+    except (LogsyncError, TypeError) as error:
+        return type(error).__name__, str(error)
+    return "nothing was raised", ""
+
+
+def train_while(rank: int, world_size: int, name: str, gate: str) -> list[float]:
+    """Make rounds until a file is there, which rank 0 sees for all; leaves a file after the first one."""
+    sums = []
+    with connect(1, **options(rank, world_size, name)) as log:
+        goes_on, step = True, 0
+        while goes_on:
+            log.record({"one": 1.0}, reduce="sum")
+            log.record({"stop": float(rank == 0 and os.path.exists(gate))}, reduce="max")  # noqa: PTH110
+            assert log.log_ready(step)
+            assert log.last_entry is not None
+            sums.append(log.last_entry.metrics["one"])
+            goes_on = not log.last_entry.metrics["stop"]
+            step += 1
+            Path(f"{gate}.begun").touch()
+            time.sleep(0.02)
+    return sums
+
+
+def come_back(  # noqa: PLR0917 - an actor's call takes no keywords here
+    rank: int, world_size: int, name: str, run_dir: str, first: int, last: int
+) -> list[int]:
+    """Train from one step to another and return those that logged; rank 1 is killed when it began at 0."""
+    logged = []
+    with connect(2, **options(rank, world_size, name, sinks=["jsonl"], run_dir=run_dir)) as log:
+        for step in range(first, last):
+            log.record({"one": 1.0}, reduce="sum")
+            if log.log_ready(step):
+                logged.append(step)
+            if rank and first == 0 and step == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return logged
+
+
+@contextlib.contextmanager
+def warnings_of_logsync() -> Iterator[list[str]]:
+    """Keep what logsync warns of in this process."""
+    warned: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warned.append(record.getMessage())
+
+    keep = Keep(logging.WARNING)
+    logging.getLogger("logsync").addHandler(keep)
+    try:
+        yield warned
+    finally:
+        logging.getLogger("logsync").removeHandler(keep)
+
+
+def wait_alone(rank: int, world_size: int, name: str, warn_after: float) -> tuple[str, list[str], list[str]]:
+    """Make rounds until the other rank is missing; return the error, whom it is about, and what was warned of."""
+    with warnings_of_logsync() as warned:
+        try:
+            with connect(1, **options(rank, world_size, name, timeout=4.0, warn_after=warn_after)) as log:
+                for step in range(100):
+                    log.log_ready(step)
+                    if rank and step == 3:
+                        os.kill(os.getpid(), signal.SIGKILL)
+        except LogsyncError as error:
+            return f"{type(error).__name__}: {error}", list(map(str, error.ranks)), warned
+    return "nothing was raised", [], warned
+
+
+class MortalSink(JsonlSink):
+    """A file of entries whose process is killed, once each, before it writes one entry and after another.
+
+    Args:
+        folder: where it notes what it has died of.
+        before, after: the `seq` of those entries.
+    """
+
+    def __init__(self, folder: Path, *, before: int, after: int) -> None:
+        super().__init__()
+        self._folder = folder
+        self._before = before
+        self._after = after
+
+    def write(self, entry: LogEntry) -> None:
+        if entry.seq == self._before:
+            self._die_once("before")
+        super().write(entry)
+        if entry.seq == self._after:
+            self._die_once("after")
+
+    def _die_once(self, moment: str) -> None:
+        with contextlib.suppress(FileExistsError):
+            (self._folder / f"died-{moment}").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,399 @@
+"""One run at the coordinator's actor: who its ranks are, whose frames are in, and what was answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+
+from logsync.coordinator.errors import (
+    CoordinatorLost,
+    FrameTooLarge,
+    PeerFailed,
+    PeerLost,
+    RoundTimeout,
+    Step,
+    TransportError,
+    printable,
+)
+from logsync.coordinator.messages import MAX_FRAME, LogEntry, decode_decision
+from logsync.workers.hosting import Hosted, Plan, Recovered, Standing
+from logsync.workers.transports.notes import ranks_text
+from logsync.workers.transports.ray_wire import Answer, Exchange, Held, Hyperparams, Join, Leave, Quit, Release, failed
+
+__all__ = ["Member", "Run"]
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Member:
+    """A process that has a rank of a run."""
+
+    def __init__(self, join: Join) -> None:
+        self.session = join.session
+        self.process = join.process
+        self.rank = join.rank
+        self.place = f"on {printable(join.host, 80)} (pid {join.pid}, node {printable(join.node, 16)})"
+        self.call = 0
+        self.step: Step = None
+        self.seen = time.monotonic()
+        self.notices: list[str] = []
+        self.poll: asyncio.Future[None] | None = None
+        self.left = False
+        self.is_new = False  # it has taken a rank's place in a run that goes on, and has not been told where it is
+
+    def heard(self, call: int, step: Step) -> None:
+        """Note a sign of life, and where the rank is."""
+        self.seen = time.monotonic()
+        self.call, self.step = call, step
+
+    def wake(self) -> None:
+        """Answer its poll, so that it gives a new one."""
+        if self.poll is not None and not self.poll.done():
+            self.poll.set_result(None)
+
+    def known(self) -> str:
+        """Say where the rank was last."""
+        silent = time.monotonic() - self.seen
+        how = "" if silent < 15 else f", and has given no sign of life for {silent:.0f} s"  # noqa: PLR2004 - a poll takes 10 s
+        return f"rank {self.rank} {self.place} was last heard of at call {self.call}, step {self.step}{how}"
+
+
+class Run:
+    """The ranks of one log, from their first frames to their last.
+
+    Args:
+        key: names it; a new name if not given.
+        incarnation: of the actor.
+    """
+
+    def __init__(self, join: Join, incarnation: str, key: str = "") -> None:
+        self.key = key or secrets.token_hex(8)
+        self.world_size = join.world_size
+        self.members: dict[int, Member] = {}
+        self.turn = 0  # the open one
+        self.lost: TransportError | None = None
+        self.since: float | None = None  # when the first rank began to wait in the open turn that is not patient
+        self.warned_s = 0.0
+        self.timeout_s = join.timeout_s
+        self.warn_after_s = join.warn_after_s
+        self._incarnation = incarnation
+        self._frames: dict[int, Exchange] = {}
+        self._waiting: dict[int, bool] = {}  # ranks in the open turn, and whether they are patient
+        self._outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._last: Answer | None = None  # of the turn before
+        self._is_deciding = False
+        self._plan: Plan | None = None
+        self._root: Hosted | None = None
+        self._standing = Standing()
+        self._memory = b""
+        self._entries: dict[int, LogEntry] = {}
+        self._notes: dict[int, dict[str, float]] = {}
+        self._released = -1
+        # One thread: a root is used by one at a time, and a slow sink does not keep polls from being answered.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="logsync-root")
+
+    # -- who is there ------------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more turns can be made."""
+        return self.lost is not None or any(member.left for member in self.members.values())
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody will come to it any more."""
+        return bool(self.members) and all(member.left for member in self.members.values())
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks whose frames of the open turn are not in."""
+        return [rank for rank in range(self.world_size) if rank not in self._frames]
+
+    def admit(self, join: Join) -> Member:
+        """Let a process have a rank, in the place of one that is gone if there was one."""
+        before = self.members.get(join.rank)
+        member = self.members[join.rank] = Member(join)
+        self._frames.pop(join.rank, None)
+        self._waiting.pop(join.rank, None)
+        if join.held is None:
+            member.is_new = self.turn > 0
+            if before is not None:
+                _logger.warning("%s takes the place of the one that %s", member.known(), before.known())
+        return member
+
+    def take_plan(self, plan: Plan) -> None:
+        """Note how rank 0 wants the root to be made."""
+        if self._root is None:
+            self._plan = plan
+
+    def take(self, held: Held) -> None:
+        """Take over what a rank knows of the run, where this actor knows less."""
+        for reply in held.entries:
+            decision = decode_decision(reply)
+            if decision.entry is not None and self._root is None:
+                self._entries.setdefault(decision.entry.seq, decision.entry)
+        if held.notes or held.released >= 0:
+            self._notes.update(held.notes)
+            self._released = max(self._released, held.released)
+        if held.turn <= self.turn:
+            return
+        root, self._root = self._root, None  # it was made of what is outdated
+        if root is not None:
+            self._executor.submit(root.close)
+        self._memory = held.memory
+        self._standing = Standing(held.memory, -1, held.durable_seq, held.next_seq, held.entries_made)
+        self.turn = held.turn - 1
+        self._finish(msgspec.structs.replace(self._answer(held.reply), entry_seq=max(self._entries, default=-1)))
+
+    # -- turns -------------------------------------------------------------------------------------------------
+
+    async def exchange(self, member: Member, ask: Exchange) -> Answer:
+        """Take in a frame and wait for the outcome of its turn; a turn that is complete is answered again."""
+        member.heard(ask.call, ask.step)
+        rank = member.rank
+        if member.is_new:
+            return await self._readmit(member, ask.frame)
+        if self._last is not None and ask.turn == self.turn - 1:
+            return self._last
+        if self.lost is None and ask.turn != self.turn:
+            msg = f"rank {rank} came to exchange {ask.turn}, but the run is at {self.turn}"
+            return failed(self._incarnation, CoordinatorLost(msg, ranks=(rank,)), ask.turn)
+        self._check_leavers()
+        if self.lost is not None:
+            return failed(self._incarnation, self.lost, ask.turn)
+        if ask.release is not None:
+            await self.release(ask.release)
+        outcome = self._outcome
+        self._frames[rank] = ask
+        self._waiting[rank] = ask.patient
+        if not ask.patient:
+            came = time.monotonic() - ask.waited_s
+            self.since = came if self.since is None else min(came, self.since)
+        if not self.missing and not self._is_deciding:
+            await self._decide()
+        return await asyncio.shield(outcome)
+
+    async def _decide(self) -> None:
+        self._is_deciding = True
+        try:
+            asks = [self._frames[rank] for rank in range(self.world_size)]
+            large = next((rank for rank, ask in enumerate(asks) if ask.too_large), None)
+            if large is not None:
+                size = asks[large].too_large
+                msg = f"the frame of rank {large} has {size} bytes, {MAX_FRAME} are the most; record fewer metrics"
+                answer = failed(self._incarnation, FrameTooLarge(msg, ranks=(large,)), self.turn)
+            else:
+                reply = await self._work(lambda root: _handled(root, asks))
+                answer = self._answer(reply)
+            self._finish(answer)
+        except Exception as error:  # noqa: BLE001 - whatever it is, no rank may wait for ever
+            text = f"the coordinator's actor failed: {type(error).__name__}: {printable(str(error))}"
+            self.lose(CoordinatorLost(text, round=self.turn))
+        finally:
+            self._is_deciding = False
+
+    def _answer(self, reply: bytes) -> Answer:
+        standing = self._standing
+        return Answer(
+            self._incarnation,
+            "reply",
+            turn=self.turn,
+            body=reply,
+            run=self.key,
+            memory=standing.memory,
+            entry_seq=standing.entry_seq,
+            durable_seq=standing.durable_seq,
+            next_seq=standing.next_seq,
+            entries_made=standing.entries_made,
+        )
+
+    def _finish(self, answer: Answer) -> None:
+        """End the open turn."""
+        outcome, self._outcome = self._outcome, asyncio.get_running_loop().create_future()
+        self._last = answer
+        self._frames.clear()
+        self._waiting.clear()
+        self.turn = answer.turn + 1
+        self.since = None
+        self.warned_s = 0.0
+        if not outcome.done():
+            outcome.set_result(answer)
+
+    async def _readmit(self, member: Member, hello: bytes) -> Answer:
+        reply = await self._work(lambda root: root.readmit(member.rank, hello))
+        member.is_new = False
+        return Answer(
+            self._incarnation,
+            "reply",
+            turn=self.turn - 1,
+            body=reply,
+            run=self.key,
+            memory=self._standing.memory,
+            durable_seq=self._standing.durable_seq,
+            next_seq=self._standing.next_seq,
+            entries_made=self._standing.entries_made,
+        )
+
+    async def _work(self, work: Callable[[Hosted], T]) -> T:
+        """Let the root do something, on its thread."""
+
+        def run() -> T:
+            root = self._opened()
+            result = work(root)
+            self._standing = root.standing()
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, run)
+
+    def _opened(self) -> Hosted:
+        if self._root is None:
+            if self._plan is None:
+                msg = "rank 0 has not said how to make the coordinator"
+                raise RuntimeError(msg)
+            recovered = None
+            if self._memory:
+                recovered = Recovered(self._memory, dict(self._entries), dict(self._notes), self._released)
+            self._root = self._plan.open(recovered)
+            self._entries.clear()
+        return self._root
+
+    async def release(self, ask: Release) -> None:
+        """Hand the entry that rank 0 has finished with to the sinks."""
+        if ask.seq <= self._released and self._root is not None:
+            return
+        self._released = max(self._released, ask.seq)
+        if self._root is None:  # it is made with these
+            self._notes[ask.seq] = dict(ask.notes)
+        elif ask.seq == self._standing.next_seq - 1:
+            with contextlib.suppress(ValueError):  # a name that is merged already, which rank 0 has checked
+                await self._work(lambda root: root.release(ask.notes))
+
+    async def hyperparams(self, ask: Hyperparams) -> None:
+        """Have the sinks keep the run's settings."""
+        if self._plan is not None:  # otherwise the run has ended
+            await self._work(lambda root: root.hyperparams(ask.values))
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    async def quit(self, member: Member, ask: Quit) -> Answer:
+        """Let a rank go: no turn can be made without it."""
+        member.heard(ask.call, ask.step)
+        if self._is_deciding:  # with this rank's frame: the others shall have the answer
+            await asyncio.wait([self._outcome])
+        member.left = True
+        if ask.reason is not None:
+            text = (
+                f"rank {member.rank} {member.place} left the log at call {ask.call}, step {ask.step}, because its code "
+                f"raised {printable(ask.reason)}"
+            )
+            self.lose(PeerFailed(text, ranks=(member.rank,), round=self.turn))
+        else:
+            self._check_leavers()
+        return Answer(self._incarnation, "again", entries_made=self._standing.entries_made)
+
+    async def leave(self, member: Member, ask: Leave) -> None:
+        """Flush the sinks when rank 0 goes, or the last rank that is there."""
+        if member.rank == 0 or self.is_abandoned:
+            await self.close(ask)
+
+    async def close(self, ask: Leave | None = None) -> None:
+        """Write what is held and flush the sinks; a second call does nothing."""
+
+        def end(root: Hosted) -> None:
+            if ask is not None and ask.window is not None:
+                root.leave(ask.window, ask.step, ask.call)
+            root.close()
+
+        if self._plan is not None:
+            try:
+                await self._work(end)
+            except Exception:
+                _logger.exception("could not end the log")
+        self._plan = self._root = None
+        self._executor.shutdown(wait=False)
+
+    def lose(self, error: TransportError) -> None:
+        """End the open turn, and every later one, with `error`; the first error stays."""
+        if self.lost is None:
+            self.lost = error
+            if not self._outcome.done():
+                self._outcome.set_result(failed(self._incarnation, error, self.turn))
+
+    def dissolve(self) -> None:
+        """Send the ranks that wait for the first turn away, to join another run."""
+        self.lost = CoordinatorLost("this run never began")
+        if not self._outcome.done():
+            self._outcome.set_result(Answer(self._incarnation, "stranger"))
+
+    def _check_leavers(self) -> None:
+        """Tell ranks that wait of those that have left."""
+        gone = [rank for rank, member in self.members.items() if member.left]
+        if gone:
+            msg = f"{ranks_text(gone)} left the group: {self._known(gone)}"
+            self.lose(PeerLost(msg, ranks=tuple(sorted(gone)), round=self.turn))
+
+    # -- who is missing ----------------------------------------------------------------------------------------
+
+    def look(self, now: float) -> bool:
+        """Give up on a turn that has waited for too long; say whether it is time to warn."""
+        if self.lost is not None or self._is_deciding:
+            return False
+        if self.since is not None and now - self.since >= self.timeout_s:
+            missing = self.missing
+            text = (
+                f"round {self.turn} failed: it waited {now - self.since:.1f} s of {self.timeout_s:g} s; "
+                f"{ranks_text(missing)} did not come: {self._known(missing)}"
+            )
+            self.lose(RoundTimeout(text, ranks=tuple(missing[:64]), round=self.turn))
+            return False
+        if self._waiting and all(self._waiting.values()):
+            silent = [r for r, m in self.members.items() if r not in self._frames and now - m.seen >= self.timeout_s]
+            if silent:
+                text = f"round {self.turn} failed: no sign of life of {ranks_text(silent)} for {self.timeout_s:g} s"
+                msg = f"{text}: {self._known(silent)}"
+                self.lose(PeerLost(msg, ranks=tuple(silent[:64]), round=self.turn))
+        return self.since is not None and now - self.since - self.warned_s >= self.warn_after_s
+
+    async def warn(self) -> None:
+        """Have the lowest rank that waits say who is missing and where they are."""
+        if self.since is None:
+            return
+        self.warned_s = time.monotonic() - self.since
+        turn = self.turn
+        for rank in self.missing:
+            if rank in self.members:
+                self.members[rank].wake()  # it gives a new position, if it lives
+        await asyncio.sleep(min(1.0, self.warn_after_s / 4))
+        patient = self._waiting
+        voices = [rank for rank, is_patient in patient.items() if not is_patient]
+        if turn == self.turn and voices and self.missing:
+            missing = self.missing
+            voice = self.members[min(voices)]
+            voice.notices.append(
+                f"round {turn} has waited {self.warned_s:.0f} s for {ranks_text(missing)}: {self._known(missing)}"
+            )
+            voice.wake()
+
+    def _known(self, ranks: Iterable[int]) -> str:
+        found = [
+            self.members[rank].known() if rank in self.members else f"rank {rank} has not connected"
+            for rank in sorted(ranks)[:8]
+        ]
+        return "; ".join(found)
+
+
+def _handled(root: Hosted, asks: list[Exchange]) -> bytes:
+    loaded = asks[0].loaded
+    if loaded is not None:
+        root.loaded(loaded.state, loaded.last_entry, loaded.call)
+    return root.handle([ask.frame for ask in asks])
