@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def main() -> None:
         return
     if not chosen:
         sys.exit(f"no check is called {' or '.join(given.names)}; see --list")
+    # Ended, it cleans up too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failed = []
     for check in chosen:
         told(f"== {check.__name__}")
@@ -122,12 +125,37 @@ def torchrun_partition() -> None:
                 told(f"{node}: {name}: {text}")
 
 
+def ray_trains() -> None:
+    """A job of the Ray cluster trains to the end; the volume and MLflow have the whole log."""
+    with ray(epochs=10) as stack:
+        stack.wait_for_end("job", timeout_s=300)
+        check_log(stack, epochs=10, attempts=1)
+        check_mlflow(stack, epochs=10)
+
+
+def ray_loses_a_node() -> None:
+    """A worker's node is killed, and comes back."""
+    with ray(epochs=30) as stack:
+        before = stack.wait_for_lines(15)
+        stack.compose("kill", "worker1")
+        told(f"killed worker1 at step {before[-1]['step']}")
+        began = time.monotonic()
+        stack.compose("start", "worker1")
+        until("it trains on", 300, lambda: stack.lines()[-1]["attempt"] > 0)
+        told(f"it trains on {time.monotonic() - began:.1f} s after the kill")
+        stack.wait_for_end("job", timeout_s=300)
+        check_log(stack, epochs=30, attempts=2)
+        check_mlflow(stack, epochs=30)
+
+
 CHECKS: list[Callable[[], None]] = [
     static,
     torchrun_trains,
     torchrun_loses_a_node,
     torchrun_loses_the_first_node,
     torchrun_partition,
+    ray_trains,
+    ray_loses_a_node,
 ]
 
 
@@ -149,9 +177,7 @@ def lose(node: str, survivor: str) -> None:
 
 def check_log(stack: Stack, epochs: int, attempts: int) -> None:
     """Fail unless metrics.jsonl is that of a job that was never stopped, but for the attempt it was written by."""
-    expected = [1, 11, 21, 22]
-    for epoch in range(1, epochs):
-        expected += [STEPS_PER_EPOCH * epoch + step for step in (10, 20, 22)]
+    expected = expected_steps(epochs)
     lines = stack.lines()
     if [(line["seq"], line["step"]) for line in lines] != list(enumerate(expected)):
         fail(f"the log was to have the steps {expected}, and has {[line['step'] for line in lines]}")
@@ -166,11 +192,31 @@ def check_log(stack: Stack, epochs: int, attempts: int) -> None:
     )
 
 
+def expected_steps(epochs: int) -> list[int]:
+    """Return the steps that a log of every 10 steps and of each epoch's end has."""
+    first = [1, 11, 21, 22]
+    return first + [STEPS_PER_EPOCH * epoch + step for epoch in range(1, epochs) for step in (10, 20, 22)]
+
+
 def tensorboard_points(url: str, epochs: int) -> int:
     (name,) = get(f"{url}/runs") or [""]
     query = urllib.parse.urlencode({"tag": "train/loss", "run": name})
     points = get(f"{url}/plugin/scalars/scalars?{query}") if name else []
     return len(points) if points and points[-1][1] == STEPS_PER_EPOCH * epochs else 0
+
+
+def check_mlflow(stack: Stack, epochs: int) -> None:
+    """Fail unless MLflow has one run, with every step that has a loss."""
+    url = f"http://localhost:{stack.environ['MLFLOW_PORT']}/api/2.0/mlflow"
+    runs = get(f"{url}/runs/search", {"experiment_ids": ["0"]})["runs"]
+    if len(runs) != 1:
+        fail(f"MLflow was to have one run, and has {len(runs)}")
+    (run_id,) = (each["info"]["run_id"] for each in runs)
+    query = urllib.parse.urlencode({"run_id": run_id, "metric_key": "train/loss", "max_results": 1000})
+    steps = {int(point["step"]) for point in get(f"{url}/metrics/get-history?{query}")["metrics"]}
+    if steps != set(expected_steps(epochs)):
+        fail(f"MLflow was to have the steps {expected_steps(epochs)}, and has {sorted(steps)}")
+    told(f"MLflow has {len(steps)} points of train/loss, up to the last step")
 
 
 # -- compose -----------------------------------------------------------------------------------------------------------
@@ -281,6 +327,14 @@ def torchrun(epochs: int, override: Mapping[str, Any] | None = None) -> Iterator
 
 
 @contextmanager
+def ray(epochs: int) -> Iterator[Stack]:
+    """Have docker/compose.ray.yaml up."""
+    environ = {"EPOCHS": str(epochs), "MLFLOW_PORT": str(free_port())}
+    with up(DOCKER / "compose.ray.yaml", environ, reader="head", override=None) as stack:
+        yield stack
+
+
+@contextmanager
 def up(file: Path, environ: Mapping[str, str], reader: str, override: Mapping[str, Any] | None) -> Iterator[Stack]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "override.yaml")
@@ -335,9 +389,12 @@ def until(what: str, timeout_s: float, found: Callable[[], Any]) -> Any:
     return result
 
 
-def get(url: str) -> Any:
+def get(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """Return what a server answers, to a POST if there is a body; None if it does not answer."""
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - http
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - http
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - http
             return json.load(answer)
     except OSError:  # not yet
         return None

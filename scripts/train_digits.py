@@ -61,7 +61,7 @@ def train_with_ray(args: argparse.Namespace) -> None:
         train_loop_config={},
         torch_config=TorchConfig(timeout_s=math.ceil(args.timeout)),
         scaling_config=ScalingConfig(num_workers=args.ray, use_gpu=torch.cuda.device_count() >= args.ray),
-        run_config=RunConfig(name="train", storage_path=str(args.run_dir), failure_config=failures),
+        run_config=RunConfig(storage_path=str(args.run_dir), failure_config=failures),
     ).fit()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -168,6 +169,60 @@ def test_without_slurm_the_dry_run_shows_how_the_digits_would_be_trained() -> No
     assert value_of(command, "--nproc-per-node") == "1"
     assert value_of(command, "scripts/train_digits.py") == "--run-dir"
     assert value_of(command, "--run-dir") == "runs/slurm-0"
+
+
+# -- ray_submit.sh -----------------------------------------------------------------------------------------------------
+
+SUBMIT = SCRIPTS / "ray_submit.sh"
+
+
+def test_a_job_is_submitted_to_the_dashboard_with_its_command_as_it_is(tmp_path: Path) -> None:
+    options = ("--address=https://head:8265", "--working-dir", str(tmp_path), "--submission-id", "digits-7")
+
+    _, command = ran(SUBMIT, "--dry-run", *options, "--", "python", "train.py", "--dry-run", "two words", "$HOME")
+
+    assert command[:5] == [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+    assert value_of(command, "--address") == "https://head:8265"
+    assert value_of(command, "--working-dir") == str(tmp_path)
+    assert value_of(command, "--submission-id") == "digits-7"
+    assert "--runtime-env-json" not in command
+    assert command[command.index("--") :] == ["--", "python", "train.py", "--dry-run", "two words", "$HOME"]
+
+
+def test_a_wheel_travels_with_the_job(tmp_path: Path) -> None:
+    wheel = tmp_path / 'log"sync.whl'
+    wheel.touch()
+
+    _, command = ran(SUBMIT, "--dry-run", "--wheel", str(wheel), "--", "python", "train.py")
+
+    assert json.loads(value_of(command, "--runtime-env-json")) == {"py_modules": [str(wheel)]}
+
+
+def test_the_dashboard_is_this_machines_unless_ray_is_told_otherwise() -> None:
+    _, command = ran(SUBMIT, "--dry-run", "--", "python", "train.py")
+    assert value_of(command, "--address") == "http://127.0.0.1:8265"
+
+    environ = {"RAY_API_SERVER_ADDRESS": "http://head:8265"}
+    _, command = ran(SUBMIT, "--dry-run", "--", "python", "train.py", environ=environ)
+    assert value_of(command, "--address") == "http://head:8265"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no command was given"),
+        (["--"], "no command was given"),
+        (["python", "train.py"], "the job's command stands after --, given python"),
+        (["--address", "head:6379", "--", "true"], "--address takes the dashboard's URL, given head:6379"),
+        (["--working-dir", "/nowhere", "--", "true"], "--working-dir /nowhere is no folder"),
+        (["--wheel", "/nowhere.whl", "--", "true"], "--wheel /nowhere.whl is no file"),
+        (["--runtime-env", "x", "--", "true"], "unknown option --runtime-env"),
+    ],
+)
+def test_a_wrong_submission_is_refused_with_the_reason(arguments: list[str], said: str) -> None:
+    _, (complaint,) = ran(SUBMIT, *arguments, status=2)
+
+    assert complaint == f"ray_submit.sh: {said}; see --help\n"
 
 
 # -- check_containers --------------------------------------------------------------------------------------------------
