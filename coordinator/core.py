@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from logsync.coordinator.errors import (
     AgreedError,
     BadType,
@@ -23,6 +25,7 @@ from logsync.coordinator.errors import (
     Step,
     agreed_error,
 )
+from logsync.coordinator.followers import Followed, kept, merge, remembered
 from logsync.coordinator.frequency import FrequencyManager, checked_frequency, checked_step, log_ready
 from logsync.coordinator.lease import Cadence, due_step
 from logsync.coordinator.messages import (
@@ -70,6 +73,8 @@ _STANDING = (
     "_unanswered",
     "_waits_from",
     "_hosts",
+    "_followed",
+    "_merged",
 )
 _CALLS = ("decision", "write")  # what a rank's user called; the other kinds come from ranks that call nothing
 _Moment = tuple[dict[str, Any], dict[str, Any], tuple[Rhythm, ...], dict[int, int]]
@@ -168,6 +173,8 @@ class Coordinator:
         self._missed = 0  # calls of earlier starts that are in no entry and in no window
         self._unanswered = 0  # rounds in a row that only waited for an update
         self._hosts: dict[int, str] = {}
+        self._followed: tuple[Followed, ...] = ()  # followers' windows that wait for an entry
+        self._merged: dict[str, int] = {}  # see `remembered`
         self._round_times = (0.0, 0.0)  # of the last round and of this one
         self._waits_from: float | None = None  # when the round before the last entry's was
         self._first_of_epoch = -1  # the round after the one that ended an epoch
@@ -202,6 +209,12 @@ class Coordinator:
                 reports = read_reports(frames, self._run, number, self._world_size, self._members)
                 over = _over(reports)
                 decision = self._decide(number, reports, now)
+                if moment[0]["_followed"] and len(encode(decision)) > MAX_FRAME:
+                    self._return_to(moment)
+                    self._followed = ()
+                    decision = self._decide(number, reports, now)
+                    said = (*decision.notices[:63], "what followers recorded is left out: the reply would be too large")
+                    decision = msgspec.structs.replace(decision, notices=said)
             reply = _encoded(decision)
         except (AgreedError, ConfigError) as error:
             return self._rejected(moment, number, error, over), ()
@@ -209,6 +222,11 @@ class Coordinator:
             text = f"the coordinator failed in round {number}: {type(error).__name__}: {error}"
             return self._rejected(moment, number, CoordinatorFailed(text), over), ()
         return reply, () if decision.entry is None else (decision.entry,)
+
+    def follow(self, windows: Sequence[Followed]) -> list[Followed]:
+        """Keep followers' windows for the next entry; return those that there is no room for."""
+        self._followed, refused = kept(self._followed, windows, self._merged)
+        return refused
 
     def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
         steps = self._steps
@@ -250,7 +268,7 @@ class Coordinator:
         if writes or alone or over.run:
             partials = Partials()
             partials.add_windows((r.rank, r.window) for r in reports)
-            if writes or partials:
+            if writes or partials or self._followed:
                 # What is left at the end may follow a write() at a later step: an entry's step never goes back.
                 last = manager.last_log_step if over.run else None
                 step = counting.step if last is None or counting.step is None else max(counting.step, last)
@@ -260,7 +278,7 @@ class Coordinator:
                     if since is None
                     else waits_of(active, self._hosts, self._round_times[0] - since, self._world_size)
                 )
-                entry = self._entry(partials, step, counting.call, now, waits)
+                entry = self._entry(partials, step, counting.call, now, waits, notices)
         if kind not in _CALLS:
             return self._decision(number, entry=entry, over=over, notices=notices)
         lease = 0
@@ -362,9 +380,21 @@ class Coordinator:
         self._missed = max(1, self._missed)
         return self._entry(partials, step, call, now)
 
-    def _entry(self, partials: Partials, step: Step, call: int, now: float, waits: Waits | None = None) -> LogEntry:
-        """Reduce what was recorded up to `call` to an entry and mark it written at `step`."""
-        merged = partials.reduce(self._world_size)
+    def _entry(  # noqa: PLR0917 - one thing after the other
+        self,
+        partials: Partials,
+        step: Step,
+        call: int,
+        now: float,
+        waits: Waits | None = None,
+        notices: list[str] | None = None,
+    ) -> LogEntry:
+        """Reduce what was recorded up to `call`, and what followers sent, to an entry and mark it written at `step`."""
+        if self._followed:
+            merged = merge(partials, self._followed, self._world_size, [] if notices is None else notices)
+            self._merged, self._followed = remembered(self._merged, self._followed), ()
+        else:
+            merged = partials.reduce(self._world_size)
         entry = LogEntry(
             seq=self.next_seq,
             step=step,

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import AgreedError, ConfigMismatch, ProtocolError, printable
+from logsync.coordinator.followers import MOST_REMEMBERED
 from logsync.coordinator.messages import (
     INT64_MAX,
     NewEpoch,
@@ -31,6 +32,7 @@ _MOST_RANKS = 256
 
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _Step = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+_Word = Annotated[str, Meta(max_length=64)]
 
 
 class _Memory(msgspec.Struct, frozen=True, array_like=True):
@@ -49,7 +51,8 @@ class _Memory(msgspec.Struct, frozen=True, array_like=True):
     unanswered: _Count
     rhythms: Annotated[tuple[Rhythm, ...], Meta(max_length=8)]
     steps: Annotated[dict[_Count, _Step], Meta(max_length=_MOST_RANKS)]
-    hosts: Annotated[dict[_Count, Annotated[str, Meta(max_length=64)]], Meta(max_length=_MOST_RANKS)]
+    hosts: Annotated[dict[_Count, _Word], Meta(max_length=_MOST_RANKS)]
+    merged: Annotated[dict[_Word, _Count], Meta(max_length=MOST_REMEMBERED)]
 
 
 _Value = TypeVar("_Value")
@@ -75,6 +78,7 @@ def remember(coordinator: Coordinator) -> bytes:
             rhythms=c._cadence.snapshot(),  # noqa: SLF001
             steps=_few(c._steps),  # noqa: SLF001
             hosts=_few(c._hosts),  # noqa: SLF001
+            merged=c._merged,  # noqa: SLF001
         )
     )
 
@@ -117,6 +121,7 @@ def recall(data: bytes, settings: Settings, world_size: int, *, keep_run_dir: bo
     c._cadence.restore(found.rhythms)  # noqa: SLF001
     c._steps = dict(found.steps)  # noqa: SLF001
     c._hosts = dict(found.hosts)  # noqa: SLF001
+    c._merged = dict(found.merged)  # noqa: SLF001
     return c
 
 

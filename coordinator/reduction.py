@@ -81,6 +81,14 @@ class Partials:
         for column in other._columns.values():
             self._extend(column.spec, column.ranks, column.values, column.weights)
 
+    def misfit(self, other: Partials) -> str:
+        """Return why a key of `other` cannot be merged with this one's, empty if all can."""
+        for name, column in other._columns.items():
+            mine = self._columns.get(name)
+            if mine is not None and mine.spec != column.spec:
+                return f"metric {name!r} is recorded with {_options(column.spec)}, elsewhere with {_options(mine.spec)}"
+        return ""
+
     def reduce(self, world_size: int) -> Merged:
         """Reduce every key once.
 

@@ -83,13 +83,13 @@ def be_a_rank(given: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     hurt = dist.get_rank() == given.rank
     try:
-        with connect(
+        with connect(  # type: ignore[call-overload]  # on_failure is one of the two
             1,
             run_dir=os.environ["RUN_DIR"],
             sinks=["jsonl"],
             timeout=given.timeout,
             warn_after=given.warn_after,
-            on_failure=FAULTS[given.fault].on_failure,  # type: ignore[arg-type]  # it is one of the two
+            on_failure=FAULTS[given.fault].on_failure,
         ) as log:
             said = train(log, given.fault if hurt else "")
     except LogsyncError as error:

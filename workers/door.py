@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from logsync.coordinator.errors import ConfigError
 from logsync.coordinator.frequency import FrequencyManager, FrequencyType, LoggingModeType, LogStepType
@@ -15,16 +15,61 @@ from logsync.coordinator.host import reserve_run_dir
 from logsync.coordinator.messages import INT64_MAX, MAX_PATH, Settings
 from logsync.coordinator.sinks.base import Sink, SinkSpec
 from logsync.coordinator.sinks.isolation import SinkSet
+from logsync.workers.follower import FollowerLog
 from logsync.workers.hosting import Hosting, HostPlan, Placing
-from logsync.workers.launch import choose_transport, restart_count
+from logsync.workers.launch import choose_following, choose_transport, restart_count
 from logsync.workers.training_log import TrainingLog, open_logs
 from logsync.workers.transports.base import Transport
 
 __all__ = ["connect"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,62}[A-Za-z0-9])?")
 _LONGEST_S = 30 * 24 * 3600.0
 _LONGEST_LEASE = 1_000_000
+
+
+@overload
+def connect(
+    log_frequency: LogStepType,
+    *,
+    mode: LoggingModeType = ...,
+    frequency_type: FrequencyType = ...,
+    transport: str | Transport = ...,
+    sinks: Sequence[SinkSpec] = ...,
+    run_dir: str | PathLike[str] | None = ...,
+    name: str | None = ...,
+    write: Literal["auto", "explicit"] = ...,
+    timeout: float = ...,
+    warn_after: float = ...,
+    on_failure: Literal["raise", "detach"] = ...,
+    max_lease: int = ...,
+    rank: int | None = ...,
+    world_size: int | None = ...,
+    process_group: Any = ...,
+    lockstep: Literal[True] = ...,
+    label: None = ...,
+) -> TrainingLog: ...
+
+
+@overload
+def connect(
+    log_frequency: LogStepType,
+    *,
+    lockstep: Literal[False],
+    label: str | None = ...,
+    transport: str,
+    name: str | None = ...,
+    mode: LoggingModeType = ...,
+    frequency_type: FrequencyType = ...,
+    sinks: Sequence[SinkSpec] = ...,
+    run_dir: str | PathLike[str] | None = ...,
+    write: Literal["auto", "explicit"] = ...,
+    timeout: float = ...,
+    warn_after: float = ...,
+    on_failure: Literal["raise", "detach"] = ...,
+    max_lease: int = ...,
+) -> FollowerLog: ...
 
 
 def connect(
@@ -44,7 +89,9 @@ def connect(
     rank: int | None = None,
     world_size: int | None = None,
     process_group: Any = None,
-) -> TrainingLog:
+    lockstep: bool = True,
+    label: str | None = None,
+) -> TrainingLog | FollowerLog:
     """Open a log that all ranks share. Collective: every rank calls it, for the same logs in the same order.
 
     Args:
@@ -68,6 +115,10 @@ def connect(
         max_lease: the most calls in a row that are answered without communication.
         rank, world_size: this process's, for transport "ray" outside Ray Train; checked against what others find.
         process_group: the ranks that share the log; all of torch.distributed's if not given.
+        lockstep: False for a process that follows the log of a Ray job without being one of its ranks, at a pace of its
+            own; see `FollowerLog`. This call is not collective then and never waits, and what the ranks were given
+            counts.
+        label: stands before the names of a follower's metrics.
 
     Returns:
         The log; use it in a `with` block, or call `close()`.
@@ -92,6 +143,15 @@ def connect(
         on_failure=_checked_on_failure(on_failure),
     )
     sink_set = SinkSet(sinks)
+    if not lockstep:
+        label = None if label is None else _checked_label(label)
+        following = choose_following(
+            transport, settings.name, rank=rank, world_size=world_size, process_group=process_group
+        )
+        return FollowerLog(following, settings.name, label)
+    if label is not None:
+        msg = f"label={label!r} was given to a rank: only a follower, with lockstep=False, has one"
+        raise ConfigError(msg)
     folder = None if run_dir is None else _checked_folder(run_dir)
     warn_after = _checked_seconds("warn_after", warn_after)
     found = choose_transport(
@@ -168,6 +228,16 @@ def _checked_name(name: object) -> str:
         )
         raise ConfigError(msg)
     return name
+
+
+def _checked_label(label: object) -> str:
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
+        msg = (
+            f"label must be 1 to 64 letters, digits, '.', '_', '/' or '-', starting and ending with a letter or digit, "
+            f"given {label!r}"
+        )
+        raise ConfigError(msg)
+    return label
 
 
 def _checked_write(write: object) -> Literal["auto", "explicit"]:

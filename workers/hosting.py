@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import msgspec
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import Step
+from logsync.coordinator.followers import Followed
 from logsync.coordinator.host import Host
 from logsync.coordinator.memory import readmit, recall, remember
 from logsync.coordinator.messages import LogEntry, Settings, State, Window
@@ -22,6 +24,8 @@ from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.transports.base import Root
 
 __all__ = ["HostPlan", "Hosted", "Hosting", "Placing", "Plan", "Recovered", "Standing"]
+
+_logger = logging.getLogger(__name__)
 
 
 class Hosting(Protocol):
@@ -99,6 +103,9 @@ class Hosted(Protocol):
 
     def handle(self, frames: Sequence[bytes]) -> bytes:
         """Decide a round."""
+
+    def follow(self, windows: Sequence[Followed]) -> None:
+        """Keep followers' windows for the next entry; before `handle`."""
 
     def standing(self) -> Standing:
         """Say where the run stands after the last round."""
@@ -224,6 +231,11 @@ class _HostedHost:
     def handle(self, frames: Sequence[bytes]) -> bytes:
         self._host.release()  # rank 0 has gone on, whatever became of its word for it
         return self._host.handle(frames)
+
+    def follow(self, windows: Sequence[Followed]) -> None:
+        refused = self._host.coordinator.follow(windows)
+        if refused:
+            _logger.warning("%d windows of followers are left out: they are too many for one entry", len(refused))
 
     def standing(self) -> Standing:
         host = self._host

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from logsync.coordinator.errors import ConfigError, LaunchError
-from logsync.workers.transports.base import Transport
+from logsync.workers.transports.base import Following, Transport
 from logsync.workers.transports.local import LocalTransport
 
-__all__ = ["Launched", "choose_transport", "launched", "own_rank", "restart_count"]
+__all__ = ["Launched", "choose_following", "choose_transport", "launched", "own_rank", "restart_count"]
 
 _logger = logging.getLogger(__name__)
 
@@ -180,14 +180,40 @@ def _in_ray_train() -> bool:
 
 
 def _ray(rank: int | None, world_size: int | None) -> Transport:
+    transport: Transport = _ray_module().RayTransport(rank, world_size)
+    return transport
+
+
+def choose_following(
+    transport: object, name: str, *, rank: int | None, world_size: int | None, process_group: object | None
+) -> Following:
+    """Return a follower's way to the log of that name.
+
+    Raises:
+        ConfigError: only `transport="ray"` has followers, and they have no rank.
+        LaunchError: Ray is not installed, or this process belongs to no Ray job.
+    """
+    if not isinstance(transport, str) or transport.strip().lower() != "ray":
+        msg = f"lockstep=False needs transport='ray', given {transport!r}: elsewhere all ranks march together"
+        raise ConfigError(msg)
+    given = {"rank": rank, "world_size": world_size, "process_group": process_group}
+    for option, value in given.items():
+        if value is not None:
+            msg = f"{option}={value!r} was given together with lockstep=False: a follower is none of the ranks"
+            raise ConfigError(msg)
+    following: Following = _ray_module().follow(name)
+    return following
+
+
+def _ray_module() -> Any:
     try:
-        from logsync.workers.transports.ray_actor import RayTransport  # noqa: PLC0415 - it loads ray
+        from logsync.workers.transports import ray_actor  # noqa: PLC0415 - it loads ray
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
         msg = "transport='ray' needs Ray, which is not installed: pip install 'logsync[ray]'"
         raise LaunchError(msg) from error
-    return RayTransport(rank, world_size)
+    return ray_actor
 
 
 def _refuse_lonely_rank(environ: Mapping[str, str]) -> None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
+import msgspec
+
 from logsync.coordinator.messages import MAX_NAME, RESERVED, KeySpec, Reduction, Window, encode, pack_values
 from logsync.coordinator.reduction import SPREAD
 from logsync.workers.values import (
@@ -93,9 +95,14 @@ class Taken(NamedTuple):
 
 
 class OpenWindow:
-    """Fold what is recorded until a frame takes it."""
+    """Fold what is recorded until a frame takes it.
 
-    def __init__(self) -> None:
+    Args:
+        label: stands before every name, with a slash between, where the window is sent.
+    """
+
+    def __init__(self, label: str = "") -> None:
+        self._prefix = f"{label}/" if label else ""
         self._cells: dict[str, Cell] = {}
         self._plain: dict[str, Cell] = {}  # those of `_cells` that are a weighted mean and nothing else
         self._banks: dict[tuple[Any, ...], Bank] = {}
@@ -238,7 +245,10 @@ class OpenWindow:
             return Taken.nothing()
         used = list(shares)
         if used != self._schema[0]:
-            self._schema = (used, encode([c.spec for c in used]))
+            specs = [c.spec for c in used]
+            if self._prefix:
+                specs = [msgspec.structs.replace(spec, name=self._prefix + spec.name) for spec in specs]
+            self._schema = (used, encode(specs))
         values = [number for share in shares.values() for number in (share.value, share.weight)]
         return Taken(list(shares.items()), Window(self._schema[1], pack_values(values)))
 
@@ -281,6 +291,12 @@ class OpenWindow:
                 "a name should not contain a step or a sample's number"
             )
             raise ValueError(msg)
+        for name in new:
+            if len(self._prefix) + len(name) > MAX_NAME:
+                msg = (
+                    f"a metric's name has at most {MAX_NAME} characters, {self._prefix!r} before it included: {name!r}"
+                )
+                raise ValueError(msg)
         derived = {made: name for name, cell in new.items() for made in _derived_names(cell.spec)}
         makers = {**self._derived, **derived}
         for name in (*self._cells, *new):

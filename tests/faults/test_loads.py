@@ -34,7 +34,9 @@ def seqs(folder: Path, name: str = "metrics.jsonl") -> list[int]:
 
 
 def alone(folder: Path, **options: Any) -> TrainingLog:
-    return connect(1, transport=options.pop("transport", "local"), sinks=SINKS, run_dir=folder, **options)
+    transport = options.pop("transport", "local")
+    log: TrainingLog = connect(1, transport=transport, sinks=SINKS, run_dir=folder, **options)
+    return log
 
 
 def train(log: TrainingLog, steps: range) -> list[dict[str, bytes]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.workers import connect
@@ -79,7 +80,7 @@ def test_a_thousand_logs_beside_broken_destinations_are_all_in_the_file_and_what
         run_dir=tmp_path,
         sinks=["jsonl", sleepy, raising, f"csv:{FULL}", f"mlflow:http://127.0.0.1:{deaf}"],
     )
-    assert log._host is not None
+    assert isinstance(log._host, Host)
     sinks = log._host._sinks
     for step in range(LOGS):
         if step == LOGS - 1:  # what is lost by now is a metric of the last entry

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from logsync.coordinator.errors import Step
+from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.mlflow import MlflowSink
@@ -375,7 +376,7 @@ def test_a_thousand_logs_beside_a_server_that_stops_are_all_in_the_file_and_what
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     job = connect(1, run_dir=log.folder, sinks=["jsonl", f"mlflow:{log.server.uri}"])
-    assert job._host is not None
+    assert isinstance(job._host, Host)
     sinks, run_id = job._host._sinks, job._host.coordinator.run_id
 
     def go_on(steps: range) -> None:

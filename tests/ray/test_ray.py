@@ -15,7 +15,19 @@ import ray
 
 from logsync.workers.testing import SCENARIOS
 from support.ray_jobs import check_file, kill_actor, kill_for_good, lines, start, train, wait_for_line
-from support.ray_ranks import MortalSink, come_back, refused, train_while, wait_alone
+from support.ray_ranks import (
+    Followed,
+    MortalSink,
+    come_back,
+    follow,
+    follow_nobody,
+    follow_slowly,
+    follow_to_death,
+    lead,
+    refused,
+    train_while,
+    wait_alone,
+)
 from support.ray_world import RankProcess, RayWorld
 from support.worlds import ThreadsWorld
 
@@ -156,3 +168,97 @@ def test_a_log_is_whole_where_the_coordinator_dies_before_and_after_a_write(worl
 
     check_file(tmp_path, ray.get(tasks, timeout=60), 40)
     assert sorted(path.name for path in tmp_path.glob("died-*")) == ["died-after", "died-before"]
+
+
+# -- followers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def followers(worlds: dict[int, RayWorld]) -> list[Any]:  # noqa: ARG001 - they run on its Ray
+    return [RankProcess.remote(number, 3) for number in range(3)]
+
+
+def total(run_dir: Path, *names: str) -> float:
+    return sum(float(entry.get(name, 0.0)) for entry in lines(run_dir) for name in names)
+
+
+def test_followers_come_and_go_and_each_of_their_windows_is_in_one_entry(
+    world: RayWorld, followers: list[Any], tmp_path: Path
+) -> None:
+    gate = tmp_path / "stop"
+    early = followers[0].call.remote(follow, "followed", "early", 6)  # there is no log yet
+    leaders = start(world, lead, "followed", str(tmp_path), str(gate))
+    wait_for_line(tmp_path, 2, leaders)
+    # Two of one label, and then, in the place of one that has gone, one without a label.
+    later = [
+        followers[1].call.remote(follow, "followed", "two", 4),
+        followers[2].call.remote(follow, "followed", "two", 8),
+    ]
+    seen: list[Followed] = [Followed(*found) for found in ray.get([early, *later], timeout=60)]
+    seen.append(Followed(*ray.get(followers[1].call.remote(follow, "followed", None, 3), timeout=60)))
+    gate.touch()
+    made = sum(ray.get(leaders, timeout=60))
+
+    early_one, two, another, plain = seen
+    assert total(tmp_path, "early/made") == early_one.made
+    assert total(tmp_path, "two/made") == two.made + another.made
+    assert total(tmp_path, "made") == made + plain.made
+    for follower in seen:
+        # It calls far more often than there are logs, so it is told of each of them, once.
+        assert follower.seqs == list(range(follower.seqs[0], follower.seqs[0] + len(follower.seqs)))
+        # A call of the actor for each of them, one that is open when it goes, its last window, and those of an early
+        # one that found no log to wait for.
+        assert follower.stats.rounds <= len(follower.seqs) + 4, follower.stats
+        assert follower.stats.calls > 2 * len(follower.seqs)
+
+
+def test_a_follower_that_misses_logs_is_told_once_and_its_late_windows_are_counted(
+    world: RayWorld, followers: list[Any], tmp_path: Path
+) -> None:
+    gate = tmp_path / "stop"
+    leaders = start(world, lead, "missed", str(tmp_path), str(gate))
+    wait_for_line(tmp_path, 1, leaders)
+    ready = ray.get(followers[0].call.remote(follow_slowly, "missed", str(tmp_path)), timeout=60)
+    gate.touch()
+    ray.get(leaders, timeout=60)
+
+    assert ready == 2
+    late = [entry["logsync/late_windows"] for entry in lines(tmp_path) if "logsync/late_windows" in entry]
+    assert late
+    assert set(late) == {1.0}
+    assert total(tmp_path, "slow/reward") >= 2
+
+
+def test_a_follower_that_is_killed_and_one_without_a_log_cost_nobody_anything(
+    world: RayWorld, followers: list[Any], tmp_path: Path
+) -> None:
+    gate = tmp_path / "stop"
+    victim = RankProcess.remote(0, 1)
+    killed = victim.call.remote(follow_to_death, "bereft")
+    leaders = start(world, lead, "bereft", str(tmp_path), str(gate))
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(killed, timeout=40)
+    written = len(lines(tmp_path))
+    wait_for_line(tmp_path, written + 5, leaders)  # the ranks go on
+    alone = ray.get(followers[0].call.remote(follow_nobody, "nobody"), timeout=40)
+    gate.touch()
+
+    assert alone == (0, 0.0)
+    assert sum(ray.get(leaders, timeout=60)) == total(tmp_path, "made")
+
+
+def test_windows_of_followers_are_merged_once_although_the_coordinator_is_killed(
+    world: RayWorld, followers: list[Any], tmp_path: Path
+) -> None:
+    gate = tmp_path / "stop"
+    leaders = start(world, lead, "orphaned", str(tmp_path), str(gate))
+    following = [follower.call.remote(follow, "orphaned", "f", 14) for follower in followers]
+    wait_for_line(tmp_path, 5, leaders)
+    kill_actor("orphaned")
+    seen = [Followed(*found) for found in ray.get(following, timeout=60)]
+    gate.touch()
+    made = sum(ray.get(leaders, timeout=60))
+
+    assert total(tmp_path, "made") == made
+    assert total(tmp_path, "f/made") == sum(follower.made for follower in seen)
+    assert all(follower.seqs == sorted(set(follower.seqs)) for follower in seen)

@@ -9,14 +9,29 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from logsync.coordinator.errors import LogsyncError
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.jsonl import JsonlSink
 from logsync.workers import connect
+from logsync.workers.training_log import Stats
 
-__all__ = ["MortalSink", "come_back", "options", "refused", "train_while", "wait_alone", "warnings_of_logsync"]
+__all__ = [
+    "Followed",
+    "MortalSink",
+    "come_back",
+    "follow",
+    "follow_nobody",
+    "follow_slowly",
+    "follow_to_death",
+    "lead",
+    "options",
+    "refused",
+    "train_while",
+    "wait_alone",
+    "warnings_of_logsync",
+]
 
 
 def options(rank: int, world_size: int, name: str, **more: Any) -> dict[str, Any]:
@@ -122,3 +137,76 @@ class MortalSink(JsonlSink):
         with contextlib.suppress(FileExistsError):
             (self._folder / f"died-{moment}").touch(exist_ok=False)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lead(rank: int, world_size: int, name: str, run_dir: str, gate: str) -> float:
+    """Log at every second step until a file is there, which rank 0 sees for all; returns what this rank has made."""
+    made = 0.0
+    with connect(2, **options(rank, world_size, name, sinks=["jsonl"], run_dir=run_dir)) as log:
+        goes_on, step = True, 0
+        while goes_on:
+            log.record({"made": 1.0}, reduce="sum")
+            log.record({"stop": float(rank == 0 and os.path.exists(gate))}, reduce="max")  # noqa: PTH110
+            made += 1.0
+            if log.log_ready(step):
+                assert log.last_entry is not None
+                goes_on = not log.last_entry.metrics["stop"]
+            step += 1
+            time.sleep(0.02)
+    return made
+
+
+class Followed(NamedTuple):
+    """What a follower has seen: what it made, the `seq` of each entry that it was told of, and what it cost."""
+
+    made: float
+    seqs: list[int]
+    stats: Stats
+
+
+def follow(rank: int, _: int, name: str, label: str | None, logs: int) -> Followed:  # noqa: ARG001 - as every function of a rank
+    """Follow a log for so many entries."""
+    made = 0.0
+    seqs: list[int] = []
+    deadline = time.monotonic() + 40
+    with connect(2, transport="ray", name=name, lockstep=False, label=label) as log:
+        while len(seqs) < logs:
+            assert time.monotonic() < deadline, f"only entries {seqs} were told"
+            log.record({"made": 1.0}, reduce="sum")
+            made += 1.0
+            if log.log_ready():
+                assert log.last_entry is not None
+                seqs.append(log.last_entry.seq)
+            time.sleep(0.002)
+    return Followed(made, seqs, log.stats)
+
+
+def follow_slowly(rank: int, _: int, name: str, run_dir: str) -> int:  # noqa: ARG001 - as above
+    """Follow a log, and miss some of its entries; return how often a log was ready."""
+    path = Path(run_dir, "metrics.jsonl")
+    ready = 0
+    deadline = time.monotonic() + 40
+    with connect(2, transport="ray", name=name, lockstep=False, label="slow") as log:
+        while ready < 2:
+            written = path.read_bytes().count(b"\n") if path.exists() else 0
+            log.record(reward=1.0)
+            ready += log.log_ready()
+            while path.read_bytes().count(b"\n") < written + 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+    return ready
+
+
+def follow_to_death(rank: int, _: int, name: str) -> None:  # noqa: ARG001 - as above
+    """Follow a log, and be killed right after an entry."""
+    with connect(2, transport="ray", name=name, lockstep=False, label="victim") as log:
+        while not log.log_ready():
+            log.record(reward=1.0)
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def follow_nobody(rank: int, _: int, name: str) -> tuple[int, float]:  # noqa: ARG001 - as above
+    """Make calls where nothing is logged; return how many said that a log was made, and the seconds of waiting."""
+    with connect(2, transport="ray", name=name, lockstep=False) as log:
+        log.record(reward=1.0)
+        return sum(log.log_ready(step) for step in range(1000)), log.stats.wait_s

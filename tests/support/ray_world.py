@@ -17,6 +17,7 @@ from unittest import mock
 
 import ray
 
+from logsync.coordinator.followers import Followed
 from logsync.coordinator.messages import LogEntry
 from logsync.workers.hosting import Hosted, Hosting, HostPlan, Plan, Recovered, Standing
 from logsync.workers.testing import Member, play
@@ -121,6 +122,9 @@ class BareRoot:
     def handle(self, frames: Sequence[bytes]) -> bytes:
         reply: bytes = self._home.ask(self._number, list(frames))
         return reply
+
+    def follow(self, windows: Sequence[Followed]) -> None:
+        raise NotImplementedError
 
     def standing(self) -> Standing:
         return Standing()

@@ -92,8 +92,9 @@ ALLOWED = {
     "reduction": {"messages", "errors"},
     "rounds": {"messages", "errors"},
     "waits": {"messages", "errors"},
-    "core": {"frequency", "lease", "rounds", "reduction", "waits", "messages", "errors"},
-    "memory": {"core", "rounds", "messages", "errors"},
+    "followers": {"reduction", "messages", "errors"},
+    "core": {"frequency", "lease", "rounds", "reduction", "waits", "followers", "messages", "errors"},
+    "memory": {"core", "rounds", "followers", "messages", "errors"},
 }
 
 

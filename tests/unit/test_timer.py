@@ -35,7 +35,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def open_log(folder: Path, **options: Any) -> TrainingLog:
-    return connect(None, **{"transport": "local", "sinks": [], "run_dir": folder, **options})
+    log: TrainingLog = connect(None, **{"transport": "local", "sinks": [], "run_dir": folder, **options})
+    return log
 
 
 def metrics(log: TrainingLog) -> dict[str, float]:

@@ -42,9 +42,9 @@ class Alone:
         self.entries: list[LogEntry] = []
 
     def connect(self, log_frequency: Any = 10, **options: Any) -> TrainingLog:
-        return connect(
-            log_frequency, **{"transport": "local", "sinks": [self.entries.append], "run_dir": self.folder, **options}
-        )
+        given = {"transport": "local", "sinks": [self.entries.append], "run_dir": self.folder, **options}
+        log: TrainingLog = connect(log_frequency, **given)
+        return log
 
     @property
     def metrics(self) -> list[dict[str, float]]:

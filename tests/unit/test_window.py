@@ -505,3 +505,12 @@ def test_whatever_is_refused_in_between_what_was_accepted_counts(recorded: list[
         accepted.record({name: value}, **options)
 
     assert repr(shares(window.take().message)) == repr(shares(accepted.take().message))
+
+
+def test_a_label_stands_before_names_where_the_window_is_sent_and_counts_for_their_length() -> None:
+    window = OpenWindow("rollout-3")
+    window.record(reward=2.0)
+    with pytest.raises(ValueError, match="at most 256 characters, 'rollout-3/' before it included"):
+        window.record({"x" * 250: 1.0})
+
+    assert [spec.name for spec in unpack_schema(window.take().message.schema, 0)] == ["rollout-3/reward"]

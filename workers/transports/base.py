@@ -1,11 +1,13 @@
-"""What a transport is: one verb, and what it promises."""
+"""What a transport is: one verb, and what it promises; and what a follower needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-__all__ = ["Position", "Root", "Transport"]
+from logsync.coordinator.messages import Window
+
+__all__ = ["Following", "Position", "Root", "Transport"]
 
 Root = Callable[[Sequence[bytes | bytearray | memoryview]], bytes]
 """The root's side of a round: all ranks' frames, by rank, to the reply. It never raises."""
@@ -70,3 +72,21 @@ class Transport(Protocol):
         Args:
             reason: why this rank leaves before the end; the others' next round fails, and their error says it.
         """
+
+
+class Following(Protocol):
+    """A follower's talk with the coordinator; `FollowSession` says what each does."""
+
+    has_news: bool
+    reply: bytes
+    asked: int
+    bytes_sent: int
+
+    def start(self, label: str | None) -> None:
+        """Begin to listen; never waits."""
+
+    def hand_over(self, taking: Callable[[], Window]) -> None:
+        """Send a window; after news, once."""
+
+    def close(self, taking: Callable[[], Window]) -> bool:
+        """Send a last window; returns whether it has arrived."""

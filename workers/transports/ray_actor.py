@@ -20,11 +20,12 @@ from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry, State, Window, decode_decision
 from logsync.workers.hosting import Hosting, HostPlan, Plan
 from logsync.workers.transports.base import Position, Root
+from logsync.workers.transports.ray_follow import FollowSession
 from logsync.workers.transports.ray_member import LineBroken, RankSession
 from logsync.workers.transports.ray_root import RootServer
 from logsync.workers.transports.ray_wire import Leave, Loaded
 
-__all__ = ["RayTransport", "train_context"]
+__all__ = ["RayTransport", "follow", "train_context"]
 
 _logger = logging.getLogger(__name__)
 
@@ -59,9 +60,7 @@ class RayTransport:
         detached: bool = False,
         name: str | None = None,
     ) -> None:
-        if not ray.is_initialized():
-            msg = "transport='ray' needs a Ray job: call ray.init() first, or connect() inside a Ray task or actor"
-            raise LaunchError(msg)
+        _check_initialized()
         self.rank, self.world_size = _own_rank(rank, world_size)
         self._node_id = node_id
         self._detached = detached
@@ -103,6 +102,22 @@ class RayTransport:
         if self._session is not None and self._is_open:
             self._is_open = False
             self._session.close(reason)
+
+
+def follow(name: str) -> FollowSession:
+    """Return a follower's talk with the actor of the log of that name.
+
+    Raises:
+        LaunchError: this process belongs to no Ray job.
+    """
+    _check_initialized()
+    return FollowSession(_Line(name, None, detached=False))
+
+
+def _check_initialized() -> None:
+    if not ray.is_initialized():
+        msg = "transport='ray' needs a Ray job: call ray.init() first, or connect() inside a Ray task or actor"
+        raise LaunchError(msg)
 
 
 class LogsyncCoordinator:
@@ -169,6 +184,17 @@ class _Line:
         except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
             raise LineBroken(str(error)) from error
 
+    def find(self) -> None:
+        """Find the actor if it is there."""
+        if not ray.is_initialized():
+            msg = "ray.shutdown() was called"
+            raise LineBroken(msg)
+        # The second is the name of one that outlives its job.
+        self._actor = _named(self._name) or _named(self._name.removeprefix(f"{self.job}/"))
+        if self._actor is None:
+            msg = "there is none yet"
+            raise LineBroken(msg)
+
     def ask(self, data: bytes) -> Callable[[float], bytes]:
         return self._sent(lambda: self._actor.ask.remote(data))
 
@@ -205,6 +231,16 @@ class _Line:
 
     def replace(self) -> None:
         ray.kill(self._actor, no_restart=True)
+
+
+def _named(name: str) -> Any:
+    """Return the actor of that name, None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=_NAMESPACE)
+    except ValueError:
+        return None
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise LineBroken(str(error)) from error
 
 
 class _RemoteHost:

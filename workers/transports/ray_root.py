@@ -20,12 +20,14 @@ from logsync.coordinator.errors import (
     PeerLost,
     ProtocolError,
 )
+from logsync.coordinator.reduction import Partials
 from logsync.workers.hosting import Plan
 from logsync.workers.transports.ray_run import Member, Run
 from logsync.workers.transports.ray_wire import (
     WIRE,
     Answer,
     Exchange,
+    Follow,
     Hyperparams,
     Join,
     Leave,
@@ -68,6 +70,7 @@ class RootServer:
         self._plans: dict[str, Plan] = {}
         self._current: Run | None = None
         self._joining = asyncio.Lock()
+        self._following = 0  # calls of followers that are not answered yet
         self._watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -81,7 +84,10 @@ class RootServer:
             self._watch = asyncio.create_task(self._look())
         try:
             ask = decode_ask(data)
-            answer = await (self._join(ask) if isinstance(ask, Join) else self._answer(ask))
+            if isinstance(ask, Follow):
+                answer = await self._follow(ask)
+            else:
+                answer = await (self._join(ask) if isinstance(ask, Join) else self._answer(ask))
         except LogsyncError as error:
             answer = failed(self.incarnation, error)
         except Exception as error:
@@ -121,6 +127,26 @@ class RootServer:
             member.poll = None
         notices, member.notices = member.notices, []
         return Answer(self.incarnation, "again", notices=tuple(notices))
+
+    # -- followers ---------------------------------------------------------------------------------------------
+
+    async def _follow(self, ask: Follow) -> Answer:
+        if ask.wire != WIRE:
+            msg = (
+                f"follower {ask.who} speaks version {ask.wire} to an actor of version {WIRE}; install the same logsync"
+            )
+            raise ProtocolError(msg)
+        Partials().add_windows([(0, ask.window)])  # refused here, it harms nobody's round
+        self._following += 1
+        try:
+            until = time.monotonic() + (0 if ask.closing else _POLL_S)
+            while (run := self._current) is None or run.is_over:
+                if time.monotonic() >= until:
+                    return Answer(self.incarnation, "again")
+                await asyncio.sleep(0.1)
+            return await run.follow(ask)
+        finally:
+            self._following -= 1
 
     # -- joining -----------------------------------------------------------------------------------------------
 
@@ -251,7 +277,7 @@ class RootServer:
                     task.add_done_callback(self._tasks.discard)
                     run.warned_s = now - (run.since or now)
             self._forget(runs, now)
-            if self._sessions or self._tasks or self._joining.locked() or now < self._graced_until:
+            if self._sessions or self._tasks or self._following or self._joining.locked() or now < self._graced_until:
                 idle_since = now
             elif not self._stays and now - idle_since >= _LINGER_S:
                 self._end()

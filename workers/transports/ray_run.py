@@ -23,14 +23,29 @@ from logsync.coordinator.errors import (
     TransportError,
     printable,
 )
+from logsync.coordinator.followers import Followed
 from logsync.coordinator.messages import MAX_FRAME, LogEntry, decode_decision
 from logsync.workers.hosting import Hosted, Plan, Recovered, Standing
 from logsync.workers.transports.notes import ranks_text
-from logsync.workers.transports.ray_wire import Answer, Exchange, Held, Hyperparams, Join, Leave, Quit, Release, failed
+from logsync.workers.transports.ray_wire import (
+    Answer,
+    Exchange,
+    Follow,
+    Held,
+    Hyperparams,
+    Join,
+    Leave,
+    Quit,
+    Release,
+    failed,
+)
 
 __all__ = ["Member", "Run"]
 
 _logger = logging.getLogger(__name__)
+
+_MOST_FOLLOWED = 4096  # windows of followers that wait for a turn
+_HIGHEST_RANK = 2**20 - 1
 
 T = TypeVar("T")
 
@@ -99,6 +114,10 @@ class Run:
         self._entries: dict[int, LogEntry] = {}
         self._notes: dict[int, dict[str, float]] = {}
         self._released = -1
+        self._followers: dict[str, int] = {}  # by session, in order of coming
+        self._followed: dict[tuple[str, int], Followed] = {}  # windows for the next turn
+        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entry_reply = b""  # the last one that has an entry
         # One thread: a root is used by one at a time, and a slow sink does not keep polls from being answered.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="logsync-root")
 
@@ -193,7 +212,8 @@ class Run:
                 msg = f"the frame of rank {large} has {size} bytes, {MAX_FRAME} are the most; record fewer metrics"
                 answer = failed(self._incarnation, FrameTooLarge(msg, ranks=(large,)), self.turn)
             else:
-                reply = await self._work(lambda root: _handled(root, asks))
+                followed, self._followed = tuple(self._followed.values()), {}
+                reply = await self._work(lambda root: _handled(root, asks, followed))
                 answer = self._answer(reply)
             self._finish(answer)
         except Exception as error:  # noqa: BLE001 - whatever it is, no rank may wait for ever
@@ -219,6 +239,9 @@ class Run:
 
     def _finish(self, answer: Answer) -> None:
         """End the open turn."""
+        if answer.entry_seq >= 0:
+            self._entry_reply = answer.body
+        self._tell_followers()
         outcome, self._outcome = self._outcome, asyncio.get_running_loop().create_future()
         self._last = answer
         self._frames.clear()
@@ -283,6 +306,32 @@ class Run:
         if self._plan is not None:  # otherwise the run has ended
             await self._work(lambda root: root.hyperparams(ask.values))
 
+    # -- followers ---------------------------------------------------------------------------------------------
+
+    async def follow(self, ask: Follow) -> Answer:
+        """Take in a follower's window, and wait for an entry that it has not heard of, or for the end of the run."""
+        made = ask.made if ask.run == self.key else self._standing.entries_made
+        rank = self._followers.setdefault(ask.session, len(self._followers))
+        if ask.window.schema:
+            late = self._standing.entries_made > made
+            counts_as = min(self.world_size + rank, _HIGHEST_RANK)
+            self._followed[ask.session, ask.number] = Followed(
+                ask.session, ask.number, counts_as, ask.who, ask.window, late
+            )
+            while len(self._followed) > _MOST_FOLLOWED:
+                lost = self._followed.pop(next(iter(self._followed)))
+                _logger.warning("a window of follower %s is lost: too many wait for a round", lost.who)
+        while not ask.closing and not self.is_over and self._standing.entries_made <= made:
+            await asyncio.shield(self._news)
+        made_now = self._standing.entries_made
+        if ask.closing or made_now <= made or not self._entry_reply:
+            return Answer(self._incarnation, "again", run=self.key)
+        return Answer(self._incarnation, "reply", body=self._entry_reply, run=self.key, entries_made=made_now)
+
+    def _tell_followers(self) -> None:
+        news, self._news = self._news, asyncio.get_running_loop().create_future()
+        news.set_result(None)
+
     # -- the end -----------------------------------------------------------------------------------------------
 
     async def quit(self, member: Member, ask: Quit) -> Answer:
@@ -291,6 +340,7 @@ class Run:
         if self._is_deciding:  # with this rank's frame: the others shall have the answer
             await asyncio.wait([self._outcome])
         member.left = True
+        self._tell_followers()
         if ask.reason is not None:
             text = (
                 f"rank {member.rank} {member.place} left the log at call {ask.call}, step {ask.step}, because its code "
@@ -326,12 +376,14 @@ class Run:
         """End the open turn, and every later one, with `error`; the first error stays."""
         if self.lost is None:
             self.lost = error
+            self._tell_followers()
             if not self._outcome.done():
                 self._outcome.set_result(failed(self._incarnation, error, self.turn))
 
     def dissolve(self) -> None:
         """Send the ranks that wait for the first turn away, to join another run."""
         self.lost = CoordinatorLost("this run never began")
+        self._tell_followers()
         if not self._outcome.done():
             self._outcome.set_result(Answer(self._incarnation, "stranger"))
 
@@ -392,8 +444,10 @@ class Run:
         return "; ".join(found)
 
 
-def _handled(root: Hosted, asks: list[Exchange]) -> bytes:
+def _handled(root: Hosted, asks: list[Exchange], followed: tuple[Followed, ...]) -> bytes:
     loaded = asks[0].loaded
     if loaded is not None:
         root.loaded(loaded.state, loaded.last_entry, loaded.call)
+    if followed:
+        root.follow(followed)
     return root.handle([ask.frame for ask in asks])

@@ -27,6 +27,7 @@ __all__ = [
     "Answer",
     "Ask",
     "Exchange",
+    "Follow",
     "Held",
     "Hyperparams",
     "Join",
@@ -126,6 +127,28 @@ class Poll(msgspec.Struct, frozen=True, tag="poll"):
     step: _Step = None
 
 
+class Follow(msgspec.Struct, frozen=True, tag="follow"):
+    """A follower's window, if it has one, and the wait for the next entry: it is answered when there is one.
+
+    Attributes:
+        session: names this log of this process.
+        who: the follower in words.
+        run: the run that the follower has heard of; empty if of none.
+        made: how many entries that run had made by then.
+        number: of this window.
+        closing: the follower goes, and waits for no entry.
+    """
+
+    wire: _Natural
+    session: _Id
+    who: _Short
+    run: _Id
+    made: _Natural
+    number: _Natural
+    window: Window = Window()
+    closing: bool = False
+
+
 class Release(msgspec.Struct, frozen=True, tag="release"):
     """Rank 0 adds no more to entry `seq`."""
 
@@ -183,7 +206,7 @@ class Leave(msgspec.Struct, frozen=True, tag="leave"):
     step: _Step = None
 
 
-Ask = Join | Exchange | Poll | Release | Hyperparams | Quit | Leave
+Ask = Join | Exchange | Poll | Release | Hyperparams | Quit | Leave | Follow
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
@@ -191,7 +214,8 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         incarnation: names the actor's process.
-        kind: "reply": `body` is the root's reply to `turn`, which is complete for the rank; "again": all is well;
+        kind: "reply": `body` is the root's reply to `turn`, which is complete for the rank, or for a follower the
+            last reply that has an entry; "again": all is well;
             "stranger": this actor does not know the session, so join first; "stale": it is an earlier job's, to be
             replaced; "error": `error` of class `name`, about `ranks`. It ends the session unless it is FrameTooLarge,
             on which all agree.
