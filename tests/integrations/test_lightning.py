@@ -111,6 +111,7 @@ def test_the_logger_by_itself_writes_rank_0s_values_each_by_its_own_step(job: Ra
     ]
 
 
+@pytest.mark.slow
 def test_it_is_pytorch_lightnings_where_that_was_imported_and_an_exception_closes_the_log(tmp_path: Path) -> None:
     ran = plain_python(OLDER_NAME, tmp_path, folder=tmp_path)
 

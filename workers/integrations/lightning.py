@@ -267,7 +267,8 @@ class LogsyncLogger(Logger):
 
 def _step(trainer: Trainer) -> int:
     """Return what Lightning gives to its loggers as the step."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 - its own callbacks read it, too
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 - its own callbacks read it, too
+    return steps
 
 
 def _will_log(trainer: Trainer) -> bool:
