@@ -65,7 +65,7 @@ setup() {
   if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     echo "installing logsync[$extra] into .venv"
     "${pip[@]}" setuptools
-    "${pip[@]}" --no-build-isolation "$source[$extra]"
+    "${pip[@]}" --no-build-isolation "${source}[$extra]"
     # Some packages hold files for another Python, which do not compile.
     "$python" -m compileall -q -j 0 "$venv"/lib/python3.*/site-packages >/dev/null || true
     echo "$wanted" >"$stamp"

@@ -2,19 +2,26 @@
 
     python scripts/bench_sinks.py                  1,000 logs of 5 ms steps for each case, in turns
 
-Every case has the JSON lines besides; the first one nothing else, and the others are compared with it.
+Every case has the JSON lines besides; the first one nothing else, and the others are compared with it. The MLflow
+server is one of its own, stopped with SIGSTOP after the first turn; where `mlflow` is not installed, there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import logging
+import os
+import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from logsync.coordinator.messages import LogEntry
@@ -22,6 +29,7 @@ from logsync.coordinator.sinks.base import SinkSpec
 from logsync.workers import TrainingLog, connect
 
 AIM_MS = 1.0  # of the 99th percentile
+START_S = 180.0
 
 
 def main() -> None:
@@ -31,7 +39,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="how often cases take turns (%(default)d)")
     given = parser.parse_args()
     logging.disable()
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as deaf:
         cases: dict[str, list[SinkSpec]] = {
             "jsonl alone": [],
             "a sink that sleeps 1 s per write": [sleeps],
@@ -39,10 +48,17 @@ def main() -> None:
             "a full disk": ["jsonl:/dev/full"] if Path("/dev/full").exists() else [raises],
             "a server that never answers": [asks(deaf.getsockname()[1])],
         }
-        measure(cases, given.logs, given.step_ms / 1000, given.turns)
+        with mlflow_server(Path(folder)) as (uri, stop):
+            if uri:
+                cases["an MLflow server that is stopped"] = [f"mlflow:{uri}"]
+            else:
+                print("skipped, not installed: mlflow")
+            measure(cases, given.logs, given.step_ms / 1000, given.turns, stop)
 
 
-def measure(cases: dict[str, list[SinkSpec]], logs: int, step_s: float, turns: int) -> None:
+def measure(
+    cases: dict[str, list[SinkSpec]], logs: int, step_s: float, turns: int, after_first_turn: Callable[[], None]
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         opened = {
             name: connect(1, sinks=["jsonl", *sinks], run_dir=Path(folder, str(number)), name=f"case{number}")
@@ -52,6 +68,8 @@ def measure(cases: dict[str, list[SinkSpec]], logs: int, step_s: float, turns: i
         for turn in range(turns):
             for name, log in opened.items():
                 stalls[name] += stalled(log, range(turn * logs // turns, (turn + 1) * logs // turns), step_s)
+            if turn == 0:
+                after_first_turn()
         lines, closed_s = {}, {}
         for number, (name, log) in enumerate(opened.items()):
             began = time.perf_counter()
@@ -105,6 +123,41 @@ def asks(port: int) -> Callable[[LogEntry], None]:
             connection.recv(1)
 
     return ask
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Run one with SQLite on loopback; yields its address, empty if there can be none, and what stops it."""
+    if not all(map(importlib.util.find_spec, ("mlflow", "flask"))):  # mlflow-skinny has no server
+        yield "", lambda: None
+        return
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/runs.db", "--default-artifact-root", str(folder)]
+    uri = f"http://127.0.0.1:{port}"
+    with (folder / "server.log").open("wb") as said:
+        server = subprocess.Popen(  # noqa: S603 - our own command
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
+    try:
+        wait_for(f"{uri}/health", server)
+        yield uri, lambda: os.killpg(server.pid, signal.SIGSTOP)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our server
+                return
+        except OSError:  # noqa: PERF203 - it waits anyway
+            if server.poll() is not None or time.monotonic() > deadline:
+                sys.exit("the MLflow server does not come up")
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

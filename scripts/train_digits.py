@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,20 +46,27 @@ def main() -> None:
 def train_with_ray(args: argparse.Namespace) -> None:
     """Have workers of Ray Train call `train`, and Ray's actor keep the log."""
     import ray  # noqa: PLC0415 - everything else works without it
-    from ray.train import ScalingConfig  # noqa: PLC0415
-    from ray.train.torch import TorchTrainer  # noqa: PLC0415
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
+    from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
 
     # Workers have folders of their own.
     args.run_dir = (args.run_dir or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-digits")).absolute()
     args.checkpoint = args.checkpoint and args.checkpoint.absolute()
     if not ray.is_initialized():
         ray.init()
-    workers = ScalingConfig(num_workers=args.ray, use_gpu=torch.cuda.device_count() >= args.ray)
-    TorchTrainer(lambda _: train(args), train_loop_config={}, scaling_config=workers).fit()
+    # Where workers are lost, all of them start again, from the checkpoint.
+    failures = FailureConfig(max_failures=3 if args.checkpoint else 0)
+    TorchTrainer(
+        lambda _: train(args),
+        train_loop_config={},
+        torch_config=TorchConfig(timeout_s=math.ceil(args.timeout)),
+        scaling_config=ScalingConfig(num_workers=args.ray, use_gpu=torch.cuda.device_count() >= args.ray),
+        run_config=RunConfig(storage_path=str(args.run_dir), failure_config=failures),
+    ).fit()
 
 
 def train(args: argparse.Namespace) -> None:
-    rank, world_size, device = join_ranks()
+    rank, world_size, device = join_ranks(args.timeout)
     if args.batch_size % world_size:
         sys.exit(f"--batch-size {args.batch_size} cannot be shared evenly by {world_size} ranks")
     torch.manual_seed(args.seed)
@@ -69,14 +77,21 @@ def train(args: argparse.Namespace) -> None:
     loader = DataLoader(seen, args.batch_size // world_size, sampler=sampler, drop_last=True)
 
     network = make_network().to(device)
-    model = DistributedDataParallel(network) if dist.is_initialized() else network
+    together = dist.is_initialized() and not args.apart
+    model = DistributedDataParallel(network) if together else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr)
     schedule = ExponentialLR(optimizer, gamma=0.9)
 
     step = first_epoch = 0
     accuracy = math.nan
-    transport = "ray" if args.ray else "auto"
-    with connect(log_frequency=args.log_every, transport=transport, run_dir=args.run_dir, name="digits") as log:
+    with connect(
+        log_frequency=args.log_every,
+        transport="ray" if args.ray else "auto",
+        sinks=args.sinks,
+        run_dir=args.run_dir,
+        name="digits",
+        timeout=args.timeout,
+    ) as log:
         # The log's state goes into the checkpoint like the rest; a resumed run then continues its file.
         parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "log": log}
         if args.checkpoint and args.checkpoint.exists():
@@ -138,10 +153,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="folder for the log (default: a new one under runs/)")
     parser.add_argument("--ray", type=int, default=0, metavar="N", help="train on N workers of Ray Train")
     parser.add_argument("--checkpoint", type=Path, help="file to save to after each epoch, and to go on from")
+    parser.add_argument("--sinks", nargs="+", default=["console", "jsonl"], help="where the log goes (console jsonl)")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that ranks wait for each other")
+    parser.add_argument("--apart", action="store_true", help="a network for each rank; only the log connects them")
     return parser.parse_args()
 
 
-def join_ranks() -> tuple[int, int, torch.device]:
+def join_ranks(timeout_s: float) -> tuple[int, int, torch.device]:
     """Return rank, world size and device; make the process group if torchrun started this process."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cpu")
@@ -152,7 +170,7 @@ def join_ranks() -> tuple[int, int, torch.device]:
         return dist.get_rank(), dist.get_world_size(), device
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -122,6 +122,8 @@ class SinkSet:
 
     def hyperparams(self, values: Mapping[str, object]) -> None:
         """Have the sinks that can keep the run's settings; never waits."""
+        if self._run is None:
+            say(logging.ERROR, "hyperparameters (%s) were dropped: the sinks are closed", printable(", ".join(values)))
         for lane in self._lanes:
             if self._run is not None:
                 lane.put_hyperparams(values, self._run)

@@ -359,10 +359,10 @@ def _longer(pause_s: float) -> float:
 
 
 def _merged(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, object]:
-    """Return both; of what both name, the new value, and of two groups again both."""
+    """Return both, copied; of what both name, the new value, and of two groups again both."""
     both = {**old, **new}
-    for name in old.keys() & new.keys():
-        before, now = old[name], new[name]
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            both[name] = _merged(before, now)
+    for name, value in new.items():
+        if isinstance(value, Mapping):
+            before = old.get(name)
+            both[name] = _merged(before if isinstance(before, Mapping) else {}, value)
     return both

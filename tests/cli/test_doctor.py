@@ -195,6 +195,7 @@ def test_another_rank_than_0_says_what_is_wrong_on_standard_error_alone(tmp_path
     assert ran.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_interface_that_does_not_exist_is_named_in_the_error(tmp_path: Path) -> None:
     wrong = {"GLOO_SOCKET_IFNAME": "nope0"}
     ran = torchrun(MODULE, *DOCTOR, "--timeout", 6, nproc=2, folder=tmp_path, timeout_s=120, environ=wrong)

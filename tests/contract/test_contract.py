@@ -15,7 +15,13 @@ WORLDS = {
     "gloo": (GlooWorld, [2, 3]),
 }
 CASES = [
-    pytest.param(transport, size, name, id=f"{transport}-{size}-{name}")
+    pytest.param(
+        transport,
+        size,
+        name,
+        id=f"{transport}-{size}-{name}",
+        marks=[pytest.mark.slow] if (transport, size) == ("gloo", 2) and scenario.least_ranks <= 1 else [],
+    )
     for transport, (_, sizes) in WORLDS.items()
     for size in sizes
     for name, scenario in SCENARIOS.items()

@@ -40,6 +40,7 @@ def test_a_stopped_rank_is_named_by_all_others_and_fails_as_well_once_it_goes_on
         this.assert_logged_every_step()
 
 
+@pytest.mark.slow
 def test_a_root_that_is_starved_for_10_s_is_waited_for_within_the_timeout_and_lost_beyond_it(job: JobMaker) -> None:
     starved_s, dice = 10, drawn("starved")
     waited_for = {"starve": job(timeout=40, steps=60), "stop": job(timeout=40, steps=60)}

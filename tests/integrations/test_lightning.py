@@ -92,8 +92,10 @@ def test_where_logsync_decides_what_was_recorded_is_merged_at_its_steps(job: Ran
     logged = entries(job.folder / "agreed")
 
     # A first log at once, then each third step; the ends of epochs and the validations are entries, too.
-    assert [entry["step"] for entry in logged] == [0, 3, 3, 3, 6, 7, 7]
-    assert sum(entry.get("images", 0) for entry in logged) == 2 * 2 * 8 * 4
+    # Then the same Trainer trains for a third epoch.
+    assert [entry["step"] for entry in logged] == [0, 3, 3, 3, 6, 7, 7, 10, 11, 11]
+    assert [entry["attempt"] for entry in logged] == [0] * 7 + [1] * 3
+    assert sum(entry.get("images", 0) for entry in logged) == 3 * 2 * 8 * 4
     assert logged[0]["images"] == 2 * 4
     assert [job.result(rank)["open"] for rank in range(2)] == [False, False]
 
@@ -109,6 +111,7 @@ def test_the_logger_by_itself_writes_rank_0s_values_each_by_its_own_step(job: Ra
     ]
 
 
+@pytest.mark.slow
 def test_it_is_pytorch_lightnings_where_that_was_imported_and_an_exception_closes_the_log(tmp_path: Path) -> None:
     ran = plain_python(OLDER_NAME, tmp_path, folder=tmp_path)
 

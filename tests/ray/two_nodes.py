@@ -50,7 +50,7 @@ def main() -> None:
         assert ray.get(coordinator("lost").node.remote(), timeout=30) == nodes[0]
     finally:
         ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
     print("whole", time.strftime("%H:%M:%S"), os.getpid())
 

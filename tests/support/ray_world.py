@@ -251,11 +251,12 @@ class RayWorld:
 
     def run(self, name: str) -> list[Any]:
         try:
-            return ray.get([rank.play.remote(name) for rank in self.ranks], timeout=DEADLINE_S)
+            found: list[Any] = ray.get([rank.play.remote(name) for rank in self.ranks], timeout=DEADLINE_S)
         except Exception:
             self.close()  # ranks may be at different places now
             self.ranks = [RankProcess.remote(rank, self.world_size) for rank in range(self.world_size)]
             raise
+        return found
 
     def close(self) -> None:
         for rank in self.ranks:

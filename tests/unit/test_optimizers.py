@@ -178,7 +178,7 @@ def test_several_optimizers_count_each_and_lbfgs_with_its_closure_does_too() -> 
 
 
 class Engine:
-    """What an engine without hooks looks like, such as DeepSpeed's."""
+    """What an engine without hooks looks like. DeepSpeed's is one, but too large to be installed for this test."""
 
     def __init__(self) -> None:
         self.applied = True

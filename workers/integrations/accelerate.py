@@ -16,7 +16,7 @@ from logsync.workers.training_log import TrainingLog
 __all__ = ["LogsyncTracker"]
 
 
-class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no types
+class LogsyncTracker(GeneralTracker):
     """Takes what `accelerator.log()` is given, on the main process, as Accelerate has it; never communicates.
 
     By itself, `Accelerator(log_with=LogsyncTracker())`, it writes each `accelerator.log(values, step=step)` as an entry
@@ -63,20 +63,20 @@ class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no
         """Hand the values to `log`, before `accelerator.init_trackers()`; on every rank, or the main process only."""
         self._shared = log
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process
     def start(self) -> None:
         """Open the tracker's own log, unless it has joined one; older versions of Accelerate do not call this."""
         if self._shared is None and self._own is None and not self._finished:
             self._own = connect(None, transport="local", **self._options)
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Keep the run's settings."""
         self.start()
         if self.tracker is not None:
             self.tracker.log_hyperparams(values)
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         """Log the numbers among `values`; texts are left out, and told of once.
 
@@ -92,7 +92,7 @@ class LogsyncTracker(GeneralTracker):  # type: ignore[misc]  # Accelerate has no
         elif self._shared is not None:
             self._numbers.record(self._shared, values, across="last")
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process
     def finish(self) -> None:
         """Close the tracker's own log."""
         own, self._own, self._finished = self._own, None, True

@@ -45,8 +45,8 @@ class LogsyncCallback(Callback):
 
     Lightning's checkpoints have its state, and a `fit` from one of them continues the run, at any world size, without
     doubled entries. A checkpoint that Lightning takes at the end of a batch or epoch comes before it logs that end's
-    metrics; a run that goes on from there is without them. The files are complete when `fit` returns; a `test` after it
-    opens the run again, which counts as another start of it.
+    metrics; a run that goes on from there is without them. The files are complete when `fit` returns; a `test`, or a
+    `fit` of the same Trainer, that comes after it opens the run again, which counts as another start of it.
 
     Args:
         log_frequency: steps between logs; None leaves it to Lightning.
@@ -95,7 +95,7 @@ class LogsyncCallback(Callback):
         if stage == "predict" or getattr(trainer, "fast_dev_run", False):
             return
         self._log = connect(self._frequency, write="explicit", **self._options)
-        if self._saved and stage != "fit":
+        if self._saved and (stage != "fit" or _step(trainer) > 0):
             self._log.load_state_dict(self._saved)
         self._due, self._ended = False, None
 
@@ -267,7 +267,8 @@ class LogsyncLogger(Logger):
 
 def _step(trainer: Trainer) -> int:
     """Return what Lightning gives to its loggers as the step."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 - its own callbacks read it, too
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 - its own callbacks read it, too
+    return steps
 
 
 def _will_log(trainer: Trainer) -> bool:

@@ -50,10 +50,14 @@ class Hostile(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(name: str, module: Hostile, callbacks: list[Any], loggers: list[Any], **options: Any) -> Trainer:
-    """Train for epochs of 8 batches a rank, 4 steps."""
+def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(2 * 8 * 4, 4))
+    return DataLoader(data, batch_size=4), DataLoader(data, batch_size=4)
+
+
+def fit(name: str, module: Hostile, callbacks: list[Any], loggers: list[Any], **options: Any) -> Trainer:
+    """Train for epochs of 8 batches a rank, 4 steps."""
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -67,8 +71,7 @@ def fit(name: str, module: Hostile, callbacks: list[Any], loggers: list[Any], **
         callbacks=callbacks,
         logger=loggers,
     )
-    loader = DataLoader(data, batch_size=4)
-    trainer.fit(module, loader, loader, **options)
+    trainer.fit(module, *loaders(), **options)
     return trainer
 
 
@@ -89,7 +92,10 @@ def main() -> None:
     fit("again", Hostile(), [callback], [LogsyncLogger(callback)], ckpt_path=checkpoint)
 
     callback = LogsyncCallback(3, run_dir=FOLDER / "agreed", sinks=["jsonl"])
-    fit("agreed", Hostile(callback), [callback], [])
+    module = Hostile(callback)
+    trainer = fit("agreed", module, [callback], [])
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, *loaders())
     fit("alone", Hostile(), [], [LogsyncLogger(run_dir=FOLDER / "alone", sinks=["jsonl"])], max_epochs=1)
     result = {"before": before, "open": callback.is_open}
     (FOLDER / f"result.rank{dist.get_rank()}.json").write_text(json.dumps(result))
