@@ -269,6 +269,7 @@ def detached_log(rank: int, world_size: int, name: str) -> str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_detached_coordinator_of_a_job_that_is_gone_is_replaced(worlds: dict[int, RayWorld]) -> None:
     ran = run_on_this_ray(["-c", JOB_THAT_ENDS])
     assert ran.stdout == "logged\n", ran.stdout + ran.stderr
@@ -382,6 +383,7 @@ def test_windows_of_followers_are_merged_once_although_the_coordinator_is_killed
     assert all(follower.seqs == sorted(set(follower.seqs)) for follower in seen)
 
 
+@pytest.mark.slow
 def test_two_learners_and_three_rollout_workers_share_one_log_file(
     worlds: dict[int, RayWorld],  # noqa: ARG001 - it runs on their Ray
     tmp_path: Path,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
 
 from logsync.coordinator.errors import ConfigError, LaunchError
+from logsync.workers import connect
 from logsync.workers.launch import Launched, choose_transport, launched, restart_count
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.threads import ThreadWorld
@@ -167,3 +169,15 @@ def test_a_rank_or_world_size_that_is_not_so_is_refused(given: dict[str, Any], s
         choose("local", **given)
 
     assert choose("local", rank=0, world_size=1).name == "local"
+
+
+@pytest.mark.parametrize("options", [{"rank": 0, "world_size": 1}, {"lockstep": False}])
+def test_where_ray_is_not_installed_it_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.delitem(sys.modules, "logsync.workers.transports.ray_actor", raising=False)
+    monkeypatch.delattr("logsync.workers.transports.ray_actor", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+    with pytest.raises(LaunchError, match=r"needs Ray, which is not installed: pip install 'logsync\[ray\]'"):
+        connect(1, transport="ray", sinks=[], **options)

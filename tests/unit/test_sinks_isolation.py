@@ -300,3 +300,25 @@ def test_no_thread_is_started_before_the_first_entry_and_none_is_left_after_clos
     sinks.write(entry(0))
     sinks.close()
     assert set(threading.enumerate()) == before
+
+
+def test_an_entry_is_settled_when_every_sink_has_written_or_lost_it_and_all_before_it(gate: Gate) -> None:
+    taken: list[int] = []
+
+    def quick(one: LogEntry) -> None:
+        if one.seq == 1:
+            msg = "lost"
+            raise ValueError(msg)
+        taken.append(one.seq)
+
+    sinks = prepared(gate, quick)
+    assert sinks.settled_seq is None
+    for seq in range(3):
+        sinks.write(entry(seq))
+    wait_for(lambda: taken == [0, 2])
+    assert sinks.settled_seq is None
+
+    gate.open_gate.set()
+    assert sinks.flush()
+    assert sinks.settled_seq == 2
+    sinks.close()

@@ -540,3 +540,50 @@ def test_close_may_come_twice_and_write_needs_an_open(tmp_path: Path) -> None:
     sink.open(run(tmp_path))
     sink.close()
     sink.close()
+
+
+# A root that takes over from one that was lost
+
+
+def recovered(run_dir: Path, oldest: LogEntry, *, begun: bool = True) -> RunInfo:
+    return RunInfo(
+        run_dir, "train", 0, 2, next_seq=oldest.seq, resumed=True, last_entry=oldest, begun=begun, recovered=True
+    )
+
+
+def test_entries_that_come_again_after_the_root_was_lost_are_in_the_file_once(tmp_path: Path, file: Path) -> None:
+    write(run(tmp_path), *map(entry, range(4)))
+    before = file.read_bytes()
+
+    write(recovered(tmp_path, entry(2)), *map(entry, range(2, 6)))
+
+    assert file.read_bytes().startswith(before)
+    assert seqs(file) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_line_that_the_lost_root_left_torn_is_written_again(tmp_path: Path, file: Path) -> None:
+    write(run(tmp_path), *map(entry, range(3)))
+    file.write_bytes(file.read_bytes()[:-9])
+
+    write(recovered(tmp_path, entry(1)), entry(1), entry(2), entry(3))
+
+    assert seqs(file) == [0, 1, 2, 3]
+
+
+def test_a_root_that_was_lost_before_its_first_line_leaves_an_older_runs_file_alone(tmp_path: Path, file: Path) -> None:
+    write(run(tmp_path), *map(entry, range(5)))
+    older = file.read_bytes()
+
+    write(recovered(tmp_path, entry(0, time=9.0), begun=False), entry(0, time=9.0), entry(1, time=9.5))
+
+    assert seqs(file) == [0, 1]
+    assert file.with_name("metrics.jsonl.1").read_bytes() == older
+
+
+def test_a_root_that_was_lost_after_its_first_line_goes_on_with_it(tmp_path: Path, file: Path) -> None:
+    write(run(tmp_path), entry(0))
+
+    write(recovered(tmp_path, entry(0), begun=False), entry(0), entry(1))
+
+    assert seqs(file) == [0, 1]
+    assert not file.with_name("metrics.jsonl.1").exists()
