@@ -101,7 +101,7 @@ class FollowerLog:
         return self._timers[name]
 
     def close(self) -> None:
-        """Send what is recorded and stop listening; takes two seconds at most. A second call does nothing.
+        """Send what is recorded and stop listening; takes five seconds at most. A second call does nothing.
 
         It goes into the next entry, if there will be one.
         """
@@ -111,7 +111,9 @@ class FollowerLog:
         self.record = _refuse_to_record
         self._timers.close()
         if not self._following.close(self._taking()):
-            _logger.warning("what follower %s recorded last has not reached a log", self._label or "without a label")
+            _logger.warning(
+                "what follower %s recorded last may not have reached the coordinator", self._label or "without a label"
+            )
 
     def __enter__(self) -> FollowerLog:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self

@@ -6,24 +6,42 @@ One file, since tests of several files may run in several processes, and each wo
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from logsync.coordinator.errors import LogsyncError
+from logsync.workers import connect
 from logsync.workers.testing import SCENARIOS
-from support.ray_jobs import check_file, kill_actor, kill_for_good, lines, start, train, wait_for_line
+from logsync.workers.transports.ray_actor import RayTransport
+from support.ray_jobs import (
+    check_file,
+    keep_killing,
+    kill_actor,
+    kill_for_good,
+    lines,
+    start,
+    train,
+    wait_for_line,
+)
 from support.ray_ranks import (
     Followed,
     MortalSink,
     come_back,
+    fail_on_rank_1,
     follow,
     follow_nobody,
     follow_slowly,
     follow_to_death,
     lead,
+    lose_the_coordinator,
     refused,
     train_while,
     wait_alone,
@@ -128,12 +146,12 @@ def test_a_worker_that_was_killed_comes_back_as_its_rank(world: RayWorld, tmp_pa
 def test_a_worker_that_is_gone_is_named_with_its_place(world: RayWorld) -> None:
     victim = RankProcess.remote(1, 2)
     pid = ray.get(victim.pid.remote(), timeout=30)
-    survivor = world.ranks[0].call.remote(wait_alone, "gone", 1.0)
+    survivor = world.ranks[0].call.remote(wait_alone, "gone", 0.5)
     with contextlib.suppress(ray.exceptions.RayActorError):
-        ray.get(victim.call.remote(wait_alone, "gone", 1.0), timeout=40)
+        ray.get(victim.call.remote(wait_alone, "gone", 0.5), timeout=40)
     text, ranks, warned = ray.get(survivor, timeout=40)
 
-    assert text.startswith("RoundTimeout: round 5 failed: it waited 4."), text
+    assert text.startswith("RoundTimeout: round 5 failed: it waited 2."), text
     assert ranks == ["1"]
     assert f"(pid {pid}, node " in text
     assert "was last heard of at call 4, step 3" in text
@@ -170,12 +188,97 @@ def test_a_log_is_whole_where_the_coordinator_dies_before_and_after_a_write(worl
     assert sorted(path.name for path in tmp_path.glob("died-*")) == ["died-after", "died-before"]
 
 
+@pytest.mark.parametrize("on_failure", ["raise", pytest.param("detach", marks=pytest.mark.slow)])
+def test_a_coordinator_that_does_not_come_back_is_an_error_that_says_what_was_tried_or_ends_the_log(
+    world: RayWorld, tmp_path: Path, on_failure: str
+) -> None:
+    name = f"lost-{on_failure}"
+    tasks = start(world, lose_the_coordinator, name, on_failure, str(tmp_path / "gate"))
+    wait_for(tmp_path / "gate.begun", tasks)
+    keep_killing(name, tasks)
+
+    for rank, (raised, said, alone) in enumerate(ray.get(tasks, timeout=40)):
+        text = said if on_failure == "detach" else raised
+        assert f"the coordinator's actor gave rank {rank} no answer for " in text
+        assert "(timeout 2 s); it was tried " in text
+        assert "times, and last said: Actor" in text
+        assert "ray list actors" in text
+        if on_failure == "raise":
+            assert raised.startswith("CoordinatorLost: ")
+        else:
+            assert (raised, alone) == ("", 5)
+            assert f"rank {rank} has lost the others and trains on" in said
+
+
+def test_rank_0_that_is_left_alone_goes_on_with_its_own_values_in_the_file_of_the_run(
+    world: RayWorld, tmp_path: Path
+) -> None:
+    tasks = start(world, fail_on_rank_1, "left-alone", str(tmp_path))
+
+    assert ray.get(tasks[0], timeout=40) == [True, True, True, False, False, False]
+    with pytest.raises(OSError, match="its own code"):
+        ray.get(tasks[1], timeout=40)
+    entries = lines(tmp_path)
+    assert [(entry["step"], entry["one"]) for entry in entries] == [(0, 2), (1, 2), (2, 2), (3, 1), (4, 1), (5, 1)]
+    assert [bool(entry.get("partial")) for entry in entries] == [False] * 3 + [True] * 3
+
+
+JOB_THAT_ENDS = """
+import os, sys
+import ray
+from logsync.workers import connect
+from logsync.workers.transports.ray_actor import RayTransport
+
+ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
+transport = RayTransport(0, 1, detached=True)
+log = connect(1, transport=transport, name="stays", sinks=[], run_dir="not-used", timeout=30.0)
+assert log.log_ready(0)
+print("logged", flush=True)
+os._exit(0)  # without close(): the actor knows a rank that is gone
+"""
+
+
+def detached_log(rank: int, world_size: int, name: str) -> str:
+    """Log once with a coordinator that outlives its job; return what went wrong."""
+    try:
+        transport = RayTransport(rank, world_size, detached=True)
+        with connect(1, transport=transport, name=name, sinks=[], run_dir="not-used", timeout=30.0) as log:
+            return "" if log.log_ready(0) else "log_ready() is False"
+    except LogsyncError as error:
+        return str(error)
+
+
+def test_a_detached_coordinator_of_a_job_that_is_gone_is_replaced(worlds: dict[int, RayWorld]) -> None:
+    address = ray.get_runtime_context().gcs_address
+    surroundings = {**os.environ, "RAY_AUTH_MODE": "token"}  # a Ray of ray.init() asks for its token
+    command = [sys.executable, "-c", JOB_THAT_ENDS, address]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=surroundings)
+    assert ran.stdout == "logged\n", ran.stdout + ran.stderr
+    before = ray.get_actor("stays", namespace="logsync")
+
+    (said,) = ray.get(start(worlds[1], detached_log, "stays"), timeout=60)
+
+    after = ray.get_actor("stays", namespace="logsync")
+    ray.kill(after)
+    assert not said
+    assert after._actor_id != before._actor_id
+
+
 # -- followers -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def followers(worlds: dict[int, RayWorld]) -> list[Any]:  # noqa: ARG001 - they run on its Ray
-    return [RankProcess.remote(number, 3) for number in range(3)]
+@pytest.fixture
+def followers(worlds: dict[int, RayWorld]) -> list[Any]:
+    """Three processes: a start costs more than all that these tests do."""
+    return worlds[3].ranks
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """A file that ends the training of `lead`; it does so when the test is over, whatever became of it."""
+    file = tmp_path / "stop"
+    yield file
+    file.touch()
 
 
 def total(run_dir: Path, *names: str) -> float:
@@ -183,9 +286,8 @@ def total(run_dir: Path, *names: str) -> float:
 
 
 def test_followers_come_and_go_and_each_of_their_windows_is_in_one_entry(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     early = followers[0].call.remote(follow, "followed", "early", 6)  # there is no log yet
     leaders = start(world, lead, "followed", str(tmp_path), str(gate))
     wait_for_line(tmp_path, 2, leaders)
@@ -213,9 +315,8 @@ def test_followers_come_and_go_and_each_of_their_windows_is_in_one_entry(
 
 
 def test_a_follower_that_misses_logs_is_told_once_and_its_late_windows_are_counted(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     leaders = start(world, lead, "missed", str(tmp_path), str(gate))
     wait_for_line(tmp_path, 1, leaders)
     ready = ray.get(followers[0].call.remote(follow_slowly, "missed", str(tmp_path)), timeout=60)
@@ -230,14 +331,14 @@ def test_a_follower_that_misses_logs_is_told_once_and_its_late_windows_are_count
 
 
 def test_a_follower_that_is_killed_and_one_without_a_log_cost_nobody_anything(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     victim = RankProcess.remote(0, 1)
     killed = victim.call.remote(follow_to_death, "bereft")
     leaders = start(world, lead, "bereft", str(tmp_path), str(gate))
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(killed, timeout=40)
+    wait_for_line(tmp_path, 1, leaders)
     written = len(lines(tmp_path))
     wait_for_line(tmp_path, written + 5, leaders)  # the ranks go on
     alone = ray.get(followers[0].call.remote(follow_nobody, "nobody"), timeout=40)
@@ -248,9 +349,8 @@ def test_a_follower_that_is_killed_and_one_without_a_log_cost_nobody_anything(
 
 
 def test_windows_of_followers_are_merged_once_although_the_coordinator_is_killed(
-    world: RayWorld, followers: list[Any], tmp_path: Path
+    world: RayWorld, followers: list[Any], tmp_path: Path, gate: Path
 ) -> None:
-    gate = tmp_path / "stop"
     leaders = start(world, lead, "orphaned", str(tmp_path), str(gate))
     following = [follower.call.remote(follow, "orphaned", "f", 14) for follower in followers]
     wait_for_line(tmp_path, 5, leaders)

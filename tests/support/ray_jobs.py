@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ __all__ = [
     "Trained",
     "check_file",
     "coordinator",
+    "keep_killing",
     "kill_actor",
     "kill_for_good",
     "kill_process",
@@ -117,6 +119,14 @@ def kill_actor(name: str = "train") -> None:
 def kill_for_good(name: str = "train") -> None:
     """Kill the actor by Ray, which does not start it again: the ranks do."""
     ray.kill(coordinator(name), no_restart=True)
+
+
+def keep_killing(name: str, tasks: list[Any]) -> None:
+    """Kill the actor again and again, until the ranks have given up."""
+    job = ray.get_runtime_context().get_job_id()
+    while len(ray.wait(tasks, num_returns=len(tasks), timeout=0.05)[0]) < len(tasks):
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):  # there is none, just now
+            ray.kill(ray.get_actor(f"{job}/{name}", namespace="logsync"), no_restart=False)
 
 
 def kill_process(name: str = "train") -> None:

@@ -21,11 +21,13 @@ __all__ = [
     "Followed",
     "MortalSink",
     "come_back",
+    "fail_on_rank_1",
     "follow",
     "follow_nobody",
     "follow_slowly",
     "follow_to_death",
     "lead",
+    "lose_the_coordinator",
     "options",
     "refused",
     "train_while",
@@ -102,7 +104,7 @@ def wait_alone(rank: int, world_size: int, name: str, warn_after: float) -> tupl
     """Make rounds until the other rank is missing; return the error, whom it is about, and what was warned of."""
     with warnings_of_logsync() as warned:
         try:
-            with connect(1, **options(rank, world_size, name, timeout=4.0, warn_after=warn_after)) as log:
+            with connect(1, **options(rank, world_size, name, timeout=2.0, warn_after=warn_after)) as log:
                 for step in range(100):
                     log.log_ready(step)
                     if rank and step == 3:
@@ -210,3 +212,33 @@ def follow_nobody(rank: int, _: int, name: str) -> tuple[int, float]:  # noqa: A
     with connect(2, transport="ray", name=name, lockstep=False) as log:
         log.record(reward=1.0)
         return sum(log.log_ready(step) for step in range(1000)), log.stats.wait_s
+
+
+def lose_the_coordinator(rank: int, world_size: int, name: str, on_failure: str, gate: str) -> tuple[str, str, int]:
+    """Make rounds until they fail; return the error, what was said, and how many calls were answered False since."""
+    with warnings_of_logsync() as warned:
+        try:
+            given = options(rank, world_size, name, timeout=2.0, on_failure=on_failure)
+            with connect(1, **given) as log:
+                step = 0
+                while log.log_ready(step):
+                    step += 1
+                    Path(f"{gate}.begun").touch()
+                    time.sleep(0.01)
+                return "", "\n".join(warned), sum(not log.log_ready(step + later) for later in range(5))
+        except LogsyncError as error:
+            return f"{type(error).__name__}: {error}", "\n".join(warned), 0
+
+
+def fail_on_rank_1(rank: int, world_size: int, name: str, run_dir: str) -> list[bool]:
+    """Log at every call; rank 1 raises in its own code at step 3, and rank 0 goes on alone."""
+    given = options(rank, world_size, name, sinks=["jsonl"], run_dir=run_dir, on_failure="detach")
+    answers = []
+    with connect(1, **given) as log:
+        for step in range(6):
+            if rank == 1 and step == 3:
+                msg = "its own code"
+                raise OSError(msg)
+            log.record({"one": 1.0}, reduce="sum")
+            answers.append(log.log_ready(step))
+    return answers

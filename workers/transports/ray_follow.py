@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.25  # how often a wait looks up
 _PAUSE_S = 0.5  # before the actor is looked for again
-_GOODBYE_S = 2.0
+_GOODBYE_S = 5.0
 
 
 class FollowerLine(Protocol):
@@ -102,6 +102,8 @@ class FollowSession:
                     self._window = Window()
                     self._run, self._made, self.reply = answer.run, answer.entries_made, answer.body
                     self._handed.clear()
+                    if self._closed.is_set():  # since before that
+                        break
                     self.has_news = True
                     self._handed.wait()
                     self._take(self._taking)

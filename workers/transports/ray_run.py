@@ -46,6 +46,7 @@ _logger = logging.getLogger(__name__)
 
 _MOST_FOLLOWED = 4096  # windows of followers that wait for a turn
 _HIGHEST_RANK = 2**20 - 1
+_QUICK_BYTES = 2**18  # frames of a round that are decided in a moment
 
 T = TypeVar("T")
 
@@ -107,6 +108,8 @@ class Run:
         self._outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._last: Answer | None = None  # of the turn before
         self._is_deciding = False
+        self._closing = asyncio.Lock()
+        self._at_work = 0  # what the root's thread has not done yet
         self._plan: Plan | None = None
         self._root: Hosted | None = None
         self._standing = Standing()
@@ -127,11 +130,6 @@ class Run:
     def is_over(self) -> bool:
         """Whether no more turns can be made."""
         return self.lost is not None or any(member.left for member in self.members.values())
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether nobody will come to it any more."""
-        return bool(self.members) and all(member.left for member in self.members.values())
 
     @property
     def missing(self) -> list[int]:
@@ -213,7 +211,8 @@ class Run:
                 answer = failed(self._incarnation, FrameTooLarge(msg, ranks=(large,)), self.turn)
             else:
                 followed, self._followed = tuple(self._followed.values()), {}
-                reply = await self._work(lambda root: _handled(root, asks, followed))
+                quick = sum(len(ask.frame) for ask in asks) <= _QUICK_BYTES
+                reply = await self._work(lambda root: _handled(root, asks, followed), quick=quick)
                 answer = self._answer(reply)
             self._finish(answer)
         except Exception as error:  # noqa: BLE001 - whatever it is, no rank may wait for ever
@@ -267,16 +266,21 @@ class Run:
             entries_made=self._standing.entries_made,
         )
 
-    async def _work(self, work: Callable[[Hosted], T]) -> T:
-        """Let the root do something, on its thread."""
+    async def _work(self, work: Callable[[Hosted], T], *, quick: bool = False) -> T:
+        """Let the root do something, on its thread; or here, if that is `quick` and nothing is under way there."""
+        if quick and self._root is not None and not self._at_work:  # two changes of threads are half of a round
+            return self._worked(work)
+        self._at_work += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._worked, work)
+        finally:
+            self._at_work -= 1
 
-        def run() -> T:
-            root = self._opened()
-            result = work(root)
-            self._standing = root.standing()
-            return result
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, run)
+    def _worked(self, work: Callable[[Hosted], T]) -> T:
+        root = self._opened()
+        result = work(root)
+        self._standing = root.standing()
+        return result
 
     def _opened(self) -> Hosted:
         if self._root is None:
@@ -299,7 +303,7 @@ class Run:
             self._notes[ask.seq] = dict(ask.notes)
         elif ask.seq == self._standing.next_seq - 1:
             with contextlib.suppress(ValueError):  # a name that is merged already, which rank 0 has checked
-                await self._work(lambda root: root.release(ask.notes))
+                await self._work(lambda root: root.release(ask.notes), quick=True)
 
     async def hyperparams(self, ask: Hyperparams) -> None:
         """Have the sinks keep the run's settings."""
@@ -352,8 +356,8 @@ class Run:
         return Answer(self._incarnation, "again", entries_made=self._standing.entries_made)
 
     async def leave(self, member: Member, ask: Leave) -> None:
-        """Flush the sinks when rank 0 goes, or the last rank that is there."""
-        if member.rank == 0 or self.is_abandoned:
+        """Flush the sinks when rank 0 goes; where it went without a word, the run is closed for its silence."""
+        if member.rank == 0:
             await self.close(ask)
 
     async def close(self, ask: Leave | None = None) -> None:
@@ -364,13 +368,14 @@ class Run:
                 root.leave(ask.window, ask.step, ask.call)
             root.close()
 
-        if self._plan is not None:
-            try:
-                await self._work(end)
-            except Exception:
-                _logger.exception("could not end the log")
-        self._plan = self._root = None
-        self._executor.shutdown(wait=False)
+        async with self._closing:
+            if self._plan is not None:
+                try:
+                    await self._work(end)
+                except Exception:
+                    _logger.exception("could not end the log")
+            self._plan = self._root = None
+            self._executor.shutdown(wait=False)
 
     def lose(self, error: TransportError) -> None:
         """End the open turn, and every later one, with `error`; the first error stays."""
