@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -30,3 +31,16 @@ def test_bench_round_starts_its_own_ranks_and_measures_all_three_sides(tmp_path:
     rows = re.findall(r"^ +2  \S.*? +(\d+)  ", job.output, re.MULTILINE)
     assert len(rows) == 3, job.output
     assert all(int(microseconds) > 0 for microseconds in rows)
+
+
+@pytest.mark.slow
+def test_bench_training_compares_every_way_to_log_and_draws_it(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    job = plain_python(SCRIPTS / "bench_training.py", "--quick", "--picture", picture, folder=tmp_path, timeout_s=110)
+    job.assert_clean()
+
+    rows = re.findall(r"^ +2 +2ms  (\S.*?)  +\d+\.\d+%", job.output, re.MULTILINE)
+    assert len(rows) == 8, job.output
+    drawn = ElementTree.parse(picture).getroot()  # noqa: S314 - our own
+    texts = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert set(rows) <= texts
