@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -41,6 +41,6 @@ def test_bench_training_compares_every_way_to_log_and_draws_it(tmp_path: Path) -
 
     rows = re.findall(r"^ +2 +2ms  (\S.*?)  +\d+\.\d+%", job.output, re.MULTILINE)
     assert len(rows) == 8, job.output
-    drawn = ElementTree.parse(picture).getroot()  # noqa: S314 - our own
+    drawn = ET.parse(picture).getroot()  # noqa: S314 - our own
     texts = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
     assert set(rows) <= texts
