@@ -16,6 +16,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -30,7 +31,6 @@ RATE = 0.02
 Pulls = list[tuple[int, float]]
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """Holds the policy, and passes episodes from the rollout workers on to the learners in turn."""
 
@@ -63,7 +63,6 @@ class Board:
         self._preferences = [p + RATE * g for p, g in zip(self._preferences, gradient, strict=True)]
 
 
-@ray.remote(num_cpus=0)
 def roll_out(number: int, episodes: int, log_every: int) -> None:
     board = ray.get_actor("board")
     chance = random.Random(number)  # noqa: S311 - no secret
@@ -81,7 +80,6 @@ def roll_out(number: int, episodes: int, log_every: int) -> None:
     ray.get(board.leave.remote())  # after the log: the learners' last entry has this worker's last episodes
 
 
-@ray.remote(num_cpus=0)
 def learn(learner: int, log_every: int, run_dir: str) -> None:
     board = ray.get_actor("board")
     baseline, step = 0.0, 0
@@ -110,11 +108,10 @@ def main() -> None:
     run_dir = str((args.run_dir or Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-bandit")).absolute())
 
     ray.init()
-    board = Board.options(name="board").remote()  # type: ignore[attr-defined]
-    ray.get(
-        [learn.remote(learner, args.log_every, run_dir) for learner in range(LEARNERS)]
-        + [roll_out.remote(number, args.episodes, args.log_every) for number in range(ROLLOUTS)]
-    )
+    remote: Any = ray.remote(num_cpus=0)
+    board = remote(Board).options(name="board").remote()
+    learners = [remote(learn).remote(learner, args.log_every, run_dir) for learner in range(LEARNERS)]
+    ray.get(learners + [remote(roll_out).remote(n, args.episodes, args.log_every) for n in range(ROLLOUTS)])
     best = ray.get(board.policy.remote())[-1]
     print(f"the best arm is pulled {best:.0%} of the time; the log is {run_dir}/metrics.jsonl")
 

@@ -223,13 +223,24 @@ def test_rank_0_that_is_left_alone_goes_on_with_its_own_values_in_the_file_of_th
     assert [bool(entry.get("partial")) for entry in entries] == [False] * 3 + [True] * 3
 
 
+def run_on_this_ray(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python as another job of the Ray of these tests."""
+    surroundings = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_AUTH_MODE": "token",  # a Ray of ray.init() asks for its token
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=90, env=surroundings)
+
+
 JOB_THAT_ENDS = """
-import os, sys
+import os
 import ray
 from logsync.workers import connect
 from logsync.workers.transports.ray_actor import RayTransport
 
-ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
+ray.init(log_to_driver=False, configure_logging=False)
 transport = RayTransport(0, 1, detached=True)
 log = connect(1, transport=transport, name="stays", sinks=[], run_dir="not-used", timeout=30.0)
 assert log.log_ready(0)
@@ -249,10 +260,7 @@ def detached_log(rank: int, world_size: int, name: str) -> str:
 
 
 def test_a_detached_coordinator_of_a_job_that_is_gone_is_replaced(worlds: dict[int, RayWorld]) -> None:
-    address = ray.get_runtime_context().gcs_address
-    surroundings = {**os.environ, "RAY_AUTH_MODE": "token"}  # a Ray of ray.init() asks for its token
-    command = [sys.executable, "-c", JOB_THAT_ENDS, address]
-    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=surroundings)
+    ran = run_on_this_ray(["-c", JOB_THAT_ENDS])
     assert ran.stdout == "logged\n", ran.stdout + ran.stderr
     before = ray.get_actor("stays", namespace="logsync")
 
@@ -362,3 +370,20 @@ def test_windows_of_followers_are_merged_once_although_the_coordinator_is_killed
     assert total(tmp_path, "made") == made
     assert total(tmp_path, "f/made") == sum(follower.made for follower in seen)
     assert all(follower.seqs == sorted(set(follower.seqs)) for follower in seen)
+
+
+def test_two_learners_and_three_rollout_workers_share_one_log_file(
+    worlds: dict[int, RayWorld],  # noqa: ARG001 - it runs on their Ray
+    tmp_path: Path,
+) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "ray_actors.py"
+    ran = run_on_this_ray([str(script), "--episodes", "60", "--log-every", "10", "--run-dir", str(tmp_path)])
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"the log is {tmp_path}/metrics.jsonl" in ran.stdout
+    entries = lines(tmp_path)
+    assert [entry["seq"] for entry in entries] == list(range(len(entries)))
+    assert [entry["step"] for entry in entries[:9]] == list(range(1, 91, 10))
+    assert all(0 < entry["learner/best_arm"] < 1 for entry in entries)
+    for number in range(3):
+        assert total(tmp_path, f"rollout-{number}/episodes") == 60

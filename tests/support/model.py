@@ -28,7 +28,8 @@ _ENDED = frozenset(("done", "failed", "dead"))
 
 Frozen = tuple[Hashable, ...]
 _SKIPPED = "skipped"
-_APART = ("frequency_manager", "_cadence", "_steps", "_hosts")  # kept in another way; no frame names a host here
+# Kept in another way; no frame names a host here, and nobody follows.
+_APART = ("frequency_manager", "_cadence", "_steps", "_hosts", "_merged")
 _SAID = ("update", "frequency")
 
 
