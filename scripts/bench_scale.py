@@ -139,12 +139,8 @@ def reason(found: dict[int, Round], gbit: float, step_ms: float) -> None:
     reply = max(one.reply for one in found.values())
     interval_s = EVERY * step_ms / 1000
     byte_s = 8 / (gbit * 1e9)
-    print(
-        f"\nfrom the figures for {largest} ranks, a log every {interval_s:g} s, a link of {gbit:g} Gbit/s at the root:"
-    )
-    print(
-        f"{'ranks':>6} {'deciding':>10} {'frames in':>10} {'replies out':>12} {'of the time':>12} {'without leases':>15}"
-    )
+    print(f"\nfrom the figures for {largest} ranks, a log every {interval_s:g} s, {gbit:g} Gbit/s:")
+    print(f"{'ranks':>6} {'deciding':>10} {'frames in':>10} {'replies out':>12} {'of the time':>12} {'no lease':>9}")
     first = ""
     for size in (1_000, 10_000):
         parts = {
@@ -155,7 +151,7 @@ def reason(found: dict[int, Round], gbit: float, step_ms: float) -> None:
         first = max(parts, key=lambda part: parts[part])
         share = sum(parts.values()) / interval_s
         deciding, inbound, outbound = (f"{1e3 * seconds:.1f} ms" for seconds in parts.values())
-        print(f"{size:>6} {deciding:>10} {inbound:>10} {outbound:>12} {share:>12.2%} {EVERY * share:>15.1%}")
+        print(f"{size:>6} {deciding:>10} {inbound:>10} {outbound:>12} {share:>12.2%} {EVERY * share:>9.1%}")
     print(
         f"What saturates first is {first}. A lease makes one round of {EVERY} calls; a round at every call would cost "
         f"{EVERY} times as much."
