@@ -6,9 +6,6 @@ One file, since tests of several files may run in several processes, and each wo
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +43,9 @@ from support.ray_ranks import (
     train_while,
     wait_alone,
 )
-from support.ray_world import RankProcess, RayWorld
+from support.ray_world import RankProcess, RayWorld, run_on_this_ray
+from support.same_schedule import follow_the_schedule
+from support.torchrun import torchrun
 from support.worlds import ThreadsWorld
 
 pytestmark = pytest.mark.timeout(100)
@@ -74,6 +73,28 @@ def test_the_transport_keeps_its_promise_for_one_rank(worlds: dict[int, RayWorld
 @pytest.mark.parametrize("name", SAME_EVERYWHERE)
 def test_a_schedule_has_the_same_outcome_to_the_bit_as_among_threads(worlds: dict[int, RayWorld], name: str) -> None:
     assert worlds[3].run(name) == ThreadsWorld(3).run(name)
+
+
+# Its own time, and who waited for whom, are each run's.
+OWN = {"time", "waits"}
+
+
+def test_a_schedule_logs_the_same_steps_and_values_alone_under_torchrun_and_on_ray(
+    world: RayWorld, tmp_path: Path
+) -> None:
+    on_ray = start(world, follow_the_schedule, str(tmp_path / "ray"), "ray")
+    script = Path(__file__).parents[1] / "support" / "same_schedule.py"
+    torchrun(script, tmp_path / "torchrun", nproc=2, folder=tmp_path).assert_clean()
+    logged = follow_the_schedule(0, 1, str(tmp_path / "local"), "local")
+    assert ray.get(on_ray, timeout=60) == [logged, logged]
+
+    found = {
+        name: [{key: value for key, value in entry.items() if key not in OWN} for entry in lines(tmp_path / name)]
+        for name in ("local", "torchrun", "ray")
+    }
+    assert [entry["step"] for entry in found["local"]] == [0, 7, 14, 21, 28, 35, 40, 45, 45, 50, 55, 59]
+    assert found["torchrun"] == found["local"]
+    assert found["ray"] == found["local"]
 
 
 # -- ranks that come twice, come wrong, end, and come back -----------------------------------------------------
@@ -221,17 +242,6 @@ def test_rank_0_that_is_left_alone_goes_on_with_its_own_values_in_the_file_of_th
     entries = lines(tmp_path)
     assert [(entry["step"], entry["one"]) for entry in entries] == [(0, 2), (1, 2), (2, 2), (3, 1), (4, 1), (5, 1)]
     assert [bool(entry.get("partial")) for entry in entries] == [False] * 3 + [True] * 3
-
-
-def run_on_this_ray(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run Python as another job of the Ray of these tests."""
-    surroundings = {
-        **os.environ,
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "RAY_AUTH_MODE": "token",  # a Ray of ray.init() asks for its token
-    }
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=90, env=surroundings)
 
 
 JOB_THAT_ENDS = """

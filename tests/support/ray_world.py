@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import uuid
@@ -25,7 +27,7 @@ from logsync.workers.training_log import TrainingLog
 from logsync.workers.transports.base import Root, Transport
 from logsync.workers.transports.ray_actor import RayTransport
 
-__all__ = ["RayWorld", "running_ray"]
+__all__ = ["RankProcess", "RayWorld", "run_on_this_ray", "running_ray"]
 
 DEADLINE_S = 60.0
 
@@ -53,6 +55,17 @@ def running_ray(**options: Any) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_on_this_ray(arguments: list[str], timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    """Run Python as another job of the Ray of these tests."""
+    surroundings = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_AUTH_MODE": "token",  # a Ray of ray.init() asks for its token
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s, env=surroundings)
 
 
 class Home:
