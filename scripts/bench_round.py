@@ -12,16 +12,11 @@ blocks with a barrier, on a third group, before each; a block takes as long as i
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _ranks import end_with_parent, run_ranks
 
 from logsync.coordinator.messages import encode
 from logsync.workers import connect
@@ -52,7 +48,8 @@ def main() -> None:
         f"torch {torch.__version__}; {args.blocks} blocks of {args.rounds} rounds, {METRICS} metrics"
     )
     print(f"{'ranks':>5}  {'what':44} {'us':>7}  {'ratio':>5} {'quartiles':>13} {'target':>7}")
-    missed = sum(report(world_size, start(world_size, args)) for world_size in args.ranks)
+    given = ("--blocks", args.blocks, "--rounds", args.rounds)
+    missed = sum(report(size, run_ranks(__file__, size, given, TIMEOUT_S)) for size in args.ranks)
     if args.check and missed:
         sys.exit(f"{missed} targets missed")
 
@@ -78,41 +75,6 @@ def report(world_size: int, found: dict[str, Any]) -> bool:
         print(f"{world_size:5}  {what[side]:44} {median(times[side]):7.0f}  {ratio} {verdict}")
     print(f"{'':5}  (frames of {found['frame']} bytes, replies of {found['reply']})")
     return missed
-
-
-# -- starting the ranks --------------------------------------------------------------------------------------------
-
-
-def start(world_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Run `world_size` ranks of this script and return what rank 0 found."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command += ["--nproc-per-node", str(world_size), __file__, "--ranks-write-to", str(result)]
-        command += ["--blocks", str(args.blocks), "--rounds", str(args.rounds)]
-        job = subprocess.Popen(  # noqa: S603 - our own command
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            cwd=folder,
-            preexec_fn=end_with_parent,  # noqa: PLW1509 - this process has one thread
-        )
-        try:
-            if job.wait(TIMEOUT_S):
-                sys.exit(f"the ranks ended with {job.returncode}")
-        finally:
-            if job.poll() is None:
-                job.terminate()  # it passes that on to its ranks
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    job.wait(40)
-                job.kill()  # the ranks end with their parent
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
-
-
-def end_with_parent() -> None:
-    """Ask Linux to send this process SIGTERM when its parent is gone, however that came."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 # -- what a rank does ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
@@ -28,7 +28,7 @@ from logsync.coordinator.errors import (
     UnreadableReply,
     printable,
 )
-from logsync.coordinator.frequency import FrequencyType, LogStepType
+from logsync.coordinator.frequency import LogStepType
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import (
     MAX_WAIT_S,
@@ -36,7 +36,6 @@ from logsync.coordinator.messages import (
     Hello,
     LogEntry,
     Settings,
-    State,
     Window,
     decode_state,
     encode,
@@ -45,9 +44,10 @@ from logsync.coordinator.messages import (
 from logsync.workers import termination
 from logsync.workers.absence import Absence
 from logsync.workers.hosting import Hosting
-from logsync.workers.ledger import Ledger, with_updates
+from logsync.workers.ledger import with_updates
 from logsync.workers.optimizers import Watch
 from logsync.workers.overlap import Flight, Outcome, Overlap
+from logsync.workers.surface import Stats, Surface
 from logsync.workers.timer import Timer, Timers
 from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
@@ -65,23 +65,7 @@ _VOICES = 16  # how many ranks may warn of the same, where they cannot know of e
 _open_logs: set[TrainingLog] = set()
 
 
-class Stats(NamedTuple):
-    """What a log has cost this rank so far.
-
-    Attributes:
-        calls: calls of `log_ready` that this rank has made.
-        rounds: how many exchanges there were, the hello of `connect` not counted.
-        bytes_sent: bytes of this rank's frames.
-        wait_s: seconds spent in rounds, most of it waiting for the slowest rank.
-    """
-
-    calls: int
-    rounds: int
-    bytes_sent: int
-    wait_s: float
-
-
-class TrainingLog(Ledger):
+class TrainingLog(Surface):
     """One log of a job, on one rank; made by `connect`. Use it as a context manager, from one thread.
 
     The surface of `FrequencyManager` is here, agreed across ranks: `log_ready`, `model_updated`, `log_written`,
@@ -130,107 +114,6 @@ class TrainingLog(Ledger):
         self._wait_s = 0.0
         self._waited_s: float | None = None  # in the rounds since the last entry, that one's included
         self._host_name = ascii(socket.gethostname())[1:-1][:64]  # until the root has it
-
-    # -- the frequency manager's surface -----------------------------------------------------------------------
-
-    @property
-    def state(self) -> State:
-        """Where the job's logging stood at the last reply; waits for the round that is under way."""
-        self._collect()
-        return super().state
-
-    @property
-    def last_entry(self) -> LogEntry | None:  # noqa: D102 - as the base says
-        self._collect()
-        return super().last_entry
-
-    @property
-    def log_frequency(self) -> LogStepType:
-        """The log frequency in force. A new one may be set on any rank and is in force from the next round.
-
-        Of two ranks that set it at the same call the lower one wins, with a warning.
-
-        Raises:
-            TypeError, ValueError: when set to what is no frequency; the old one stays.
-        """
-        return self.state.log_frequency
-
-    @log_frequency.setter
-    def log_frequency(self, log_frequency: LogStepType) -> None:
-        with self._lock:
-            self._set_frequency(log_frequency)
-
-    @property
-    def frequency_type(self) -> FrequencyType:
-        """What steps count: "epoch", "step" or "batch"."""
-        return self._settings.frequency_type
-
-    @property
-    def mode(self) -> Literal["exact", "on_change", "on_update"]:
-        """When a log is due; see `FrequencyManager`."""
-        return self._settings.mode
-
-    @property
-    def is_epoch_frequency_manager(self) -> bool:
-        """Whether steps are epochs."""
-        return self._settings.frequency_type == "epoch"
-
-    @property
-    def is_optim_frequency_manager(self) -> bool:
-        """Whether steps are optimizer steps."""
-        return self._settings.frequency_type == "step"
-
-    @property
-    def last_log_step(self) -> LogStepType:
-        """The step of the last log that all ranks know of."""
-        return self.state.last_log_step
-
-    @property
-    def last_model_update_step(self) -> LogStepType:
-        """The last model update that had reached the root at the last round."""
-        return self.state.last_model_update_step
-
-    # -- who and what ------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """What tells this log from others of the job."""
-        return self._settings.name
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the log."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks the log has."""
-        return self._world_size
-
-    @property
-    def is_coordinator(self) -> bool:
-        """Whether this rank speaks for the coordinator, which runs in its process or in an actor: rank 0."""
-        return self._host is not None
-
-    @property
-    def transport(self) -> str:
-        """How frames travel: "local" (the single-node fallback), "collective", "threads", ..."""
-        return self._transport.name
-
-    @property
-    def detached(self) -> bool:
-        """Whether the group was lost and this rank goes on alone; see `on_failure` of `connect`."""
-        return self._detached
-
-    @property
-    def run_dir(self) -> str:
-        """The folder of the log's files, on the coordinator's machine."""
-        return self.state.run_dir
-
-    @property
-    def stats(self) -> Stats:
-        """What the log has cost this rank so far."""
-        return Stats(self.calls - self._skipped, self._rounds, self._bytes_sent, self._wait_s)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -30,3 +31,26 @@ def test_bench_round_starts_its_own_ranks_and_measures_all_three_sides(tmp_path:
     rows = re.findall(r"^ +2  \S.*? +(\d+)  ", job.output, re.MULTILINE)
     assert len(rows) == 3, job.output
     assert all(int(microseconds) > 0 for microseconds in rows)
+
+
+@pytest.mark.slow
+def test_bench_training_compares_every_way_to_log_and_draws_it(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.svg"
+    job = plain_python(SCRIPTS / "bench_training.py", "--quick", "--picture", picture, folder=tmp_path, timeout_s=110)
+    job.assert_clean()
+
+    rows = re.findall(r"^ +2 +2ms  (\S.*?)  +\d+\.\d+%", job.output, re.MULTILINE)
+    assert len(rows) == 8, job.output
+    drawn = ET.parse(picture).getroot()  # noqa: S314 - our own
+    texts = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert set(rows) <= texts
+
+
+def test_bench_scale_measures_every_world_and_reasons_from_that(tmp_path: Path) -> None:
+    job = plain_python(SCRIPTS / "bench_scale.py", "--quick", "--rounds", 2, folder=tmp_path)
+    job.assert_clean()
+
+    rows = re.findall(r"^ *(\d+) +(\d+\.\d+) +\d+\.\d+ .*\d+\.\d+$", job.output, re.MULTILINE)
+    assert [int(ranks) for ranks, _ in rows] == [16, 64, 256], job.output
+    assert all(float(ms) > 0 for _, ms in rows)
+    assert len(re.findall(r"^ *10?000 .*%$", job.output, re.MULTILINE)) == 2, job.output

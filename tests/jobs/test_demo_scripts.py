@@ -38,6 +38,46 @@ def test_digits_log_at_the_same_steps_on_two_ranks_and_alone_with_a_resume_betwe
         assert accuracy(job) == pytest.approx(100 * entries(run_dir)[-1]["eval/accuracy"], abs=0.051)
 
 
+KILLED_IN_THE_SECOND_EPOCH = f"""
+import os, signal, sys
+
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import train_digits
+
+evaluate = train_digits.evaluate
+
+def evaluate_or_die(log, network, x, y, step):
+    if step == 44 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return evaluate(log, network, x, y, step)
+
+train_digits.evaluate = evaluate_or_die
+train_digits.main()
+"""
+
+
+def test_digits_go_on_from_their_checkpoint_when_torchrun_restarts_them(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_IN_THE_SECOND_EPOCH)
+    options = ("--run-dir", tmp_path / "run", "--checkpoint", tmp_path / "digits.pt", "--sinks", "jsonl")
+
+    job = torchrun(
+        script,
+        *("--epochs", 2, *options, "--timeout", 20),
+        nproc=2,
+        folder=tmp_path,
+        timeout_s=100,
+        environ={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        options=["--max-restarts", "1"],
+    )
+
+    assert job.returncode == 0, job.output
+    logged = [(entry["step"], entry["attempt"]) for entry in entries(tmp_path / "run")]
+    # The checkpoint was taken at 22; what the first attempt logged after it is replaced.
+    assert logged == [(1, 0), (11, 0), (21, 0), (22, 0), (32, 1), (42, 1), (44, 1)]
+    assert accuracy(job) > 85
+
+
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
