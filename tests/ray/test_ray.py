@@ -108,16 +108,16 @@ def wait_for(path: Path, tasks: list[Any]) -> None:
         assert not ended, ray.get(ended)
 
 
-def test_who_comes_wrong_is_told_and_the_others_go_on(world: RayWorld, tmp_path: Path) -> None:
+def test_who_comes_wrong_is_told_and_the_others_go_on(
+    worlds: dict[int, RayWorld], world: RayWorld, tmp_path: Path
+) -> None:
     gate = tmp_path / "stop"
     tasks = [rank.call.remote(train_while, "refusals", str(gate)) for rank in world.ranks]
     wait_for(tmp_path / "stop.begun", tasks)
-    stranger = RankProcess.remote(0, 1)
+    stranger = worlds[1].ranks[0]
 
-    def told(rank: int, world_size: int, **more: Any) -> tuple[str, str]:
-        found: tuple[str, str] = ray.get(
-            stranger.call.remote(lambda *_: refused(rank, world_size, "refusals", **more)), timeout=40
-        )
+    def told(rank: int, world_size: int) -> tuple[str, str]:
+        found: tuple[str, str] = ray.get(stranger.call_as.remote(rank, world_size, refused, "refusals"), timeout=40)
         return found
 
     twice = told(1, 2)
@@ -125,7 +125,6 @@ def test_who_comes_wrong_is_told_and_the_others_go_on(world: RayWorld, tmp_path:
     outside = told(2, 2)
     gate.touch()
     sums = ray.get(tasks, timeout=40)
-    ray.kill(stranger)
 
     assert twice[0] == "LaunchError", twice
     assert "rank 1 is taken: rank 1 on " in twice[1], twice
@@ -145,15 +144,16 @@ def test_different_settings_of_a_process_that_comes_back_are_refused(world: RayW
     assert "timeout is 20.0 on rank 0, but rank 1: 21.0" in text
 
 
-def test_a_worker_that_was_killed_comes_back_as_its_rank(world: RayWorld, tmp_path: Path) -> None:
+def test_a_worker_that_was_killed_comes_back_as_its_rank(
+    worlds: dict[int, RayWorld], world: RayWorld, tmp_path: Path
+) -> None:
     victim = RankProcess.remote(1, 2)
     survivor = world.ranks[0].call.remote(come_back, "again", str(tmp_path), 0, 30)
     with contextlib.suppress(ray.exceptions.RayActorError):
         ray.get(victim.call.remote(come_back, "again", str(tmp_path), 0, 30), timeout=40)
-    heir = RankProcess.remote(1, 2)
-    resumed = ray.get(heir.call.remote(come_back, "again", str(tmp_path), 12, 30), timeout=40)
+    heir = worlds[1].ranks[0]
+    resumed = ray.get(heir.call_as.remote(1, 2, come_back, "again", str(tmp_path), 12, 30), timeout=40)
     logged = ray.get(survivor, timeout=40)
-    ray.kill(heir)
 
     assert logged == list(range(0, 30, 2))
     assert resumed == list(range(12, 30, 2))
@@ -191,6 +191,7 @@ def test_without_ray_init_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatc
 # -- the coordinator's actor is killed -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_log_is_whole_after_its_coordinator_was_killed_and_killed_for_good(world: RayWorld, tmp_path: Path) -> None:
     tasks = start(world, train, str(tmp_path), 60, 0.02, "killed")
     wait_for_line(tmp_path, 3, tasks)
@@ -209,7 +210,8 @@ def test_a_log_is_whole_where_the_coordinator_dies_before_and_after_a_write(worl
     assert sorted(path.name for path in tmp_path.glob("died-*")) == ["died-after", "died-before"]
 
 
-@pytest.mark.parametrize("on_failure", ["raise", pytest.param("detach", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_failure", ["raise", "detach"])
 def test_a_coordinator_that_does_not_come_back_is_an_error_that_says_what_was_tried_or_ends_the_log(
     world: RayWorld, tmp_path: Path, on_failure: str
 ) -> None:
@@ -373,7 +375,7 @@ def test_windows_of_followers_are_merged_once_although_the_coordinator_is_killed
     leaders = start(world, lead, "orphaned", str(tmp_path), str(gate))
     following = [follower.call.remote(follow, "orphaned", "f", 14) for follower in followers]
     wait_for_line(tmp_path, 5, leaders)
-    kill_actor("orphaned")
+    kill_for_good("orphaned")
     seen = [Followed(*found) for found in ray.get(following, timeout=60)]
     gate.touch()
     made = sum(ray.get(leaders, timeout=60))

@@ -247,6 +247,10 @@ class _RankProcess:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self._rank, self._world_size, *arguments)
 
+    def call_as(self, rank: int, world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Have this process be another rank than its own."""
+        return function(rank, world_size, *arguments)
+
     def pid(self) -> int:
         return os.getpid()
 

@@ -161,3 +161,19 @@ def test_a_window_that_a_device_did_not_give_is_lost_and_the_next_one_is_not(
 
     assert [ask.window for ask in line.asks] == [Window(), Window(), window(reward=2.0)]
     assert "what follower rollout on" in caplog.text
+
+
+def test_where_there_never_was_a_log_the_last_window_is_waited_for_by_nobody(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        msg = "there is none yet"
+        raise LineBroken(msg)
+
+    monkeypatch.setattr(line, "find", fail)
+    monkeypatch.setattr("logsync.workers.transports.ray_follow._GOODBYE_S", 3600.0)
+    session = FollowSession(line)
+    session.start(None)
+
+    assert not session.close(lambda: window(reward=2.0))
+    assert not line.asks

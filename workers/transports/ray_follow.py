@@ -66,6 +66,7 @@ class FollowSession:
         self._number = 0
         self._window = Window()
         self._found = False
+        self._reached = False  # the actor was found once
         self._taking: Callable[[], Window] | None = None
         self._last: Callable[[], Window] | None = None
         self._handed = threading.Event()
@@ -137,9 +138,11 @@ class FollowSession:
             try:
                 if not self._found:
                     self._line.find()
-                    self._found = True
+                    self._found = self._reached = True
                 answer = self._asked(closing=closing, until=until)
             except LineBroken as error:
+                if closing and not self._reached:  # there is no log: why should there be one now
+                    return None
                 self._found = False
                 _logger.debug("follower %s does not reach the coordinator's actor: %s", self._who, error)
                 self._pause(_PAUSE_S if not closing else _SLICE_S)
