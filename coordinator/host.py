@@ -256,6 +256,7 @@ class Host:
             last_entry=self._last_entry,
             begun=self._written_to == coordinator.run_dir,
             recovered=self._recovered,
+            first_seq=coordinator.first_seq,
         )
 
 

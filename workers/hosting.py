@@ -209,6 +209,10 @@ class HostPlan:
             return self.begin(sinks)
         sinks.load()
         coordinator = recall(recovered.memory, self.settings, self.world_size, keep_run_dir=self.keep_run_dir)
+        return self.resume(coordinator, sinks, recovered)
+
+    def resume(self, coordinator: Coordinator, sinks: SinkSet, recovered: Recovered) -> Host:
+        """Return a host that goes on with `coordinator`, and with the entries that may not be written yet."""
         seqs = sorted(recovered.entries)
         oldest = recovered.entries[seqs[0]] if seqs else None
         # Where nothing was logged yet, what lies in the folder is an older run's.

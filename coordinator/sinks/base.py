@@ -30,6 +30,7 @@ class RunInfo:
         last_entry: when resumed, the entry before `next_seq`, as it was before `annotate`. A run that was killed at
             its last log may not have stored it.
         begun: whether this process has given entries to the sinks for this `run_dir` already.
+        first_seq: where recovered, what other starts of the job have stored from there on is replaced; 0 if nothing is.
         recovered: the root was lost and another one goes on in the same start of the job. All that is stored stays;
             entries come again, from `next_seq` on, that may be stored already. `last_entry` is the first of them.
     """
@@ -44,6 +45,7 @@ class RunInfo:
     last_entry: LogEntry | None = None
     begun: bool = False
     recovered: bool = False
+    first_seq: int = 0
 
     @property
     def continues(self) -> bool:

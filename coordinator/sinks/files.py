@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from logsync.coordinator.errors import printable
-from logsync.coordinator.messages import INT64_MAX, LogEntry
+from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 
 __all__ = ["Appender", "Reader", "Record", "absolute", "open_for", "replace", "set_aside"]
@@ -116,7 +116,7 @@ def absolute(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
 
-def open_for(run: RunInfo, path: Path, read: Reader, *beside: Path, keeps_all: bool = False) -> Appender:
+def open_for(run: RunInfo, path: Path, read: Reader, *beside: Path, keeps_own: bool = False) -> Appender:
     """Make the folder of `path`, continue the file or set it aside, and open it for appending.
 
     A resumed run's file is cut back: entries from the run's first `seq` on go, and so does a torn last record.
@@ -124,7 +124,7 @@ def open_for(run: RunInfo, path: Path, read: Reader, *beside: Path, keeps_all: b
     Args:
         read: yields the file's records in order; every byte belongs to one.
         beside: files that belong to it, and are set aside with it.
-        keeps_all: nothing is cut back but a torn last record.
+        keeps_own: of what this start of the job has stored, only a torn last record is cut off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     newest = -1
@@ -132,7 +132,7 @@ def open_for(run: RunInfo, path: Path, read: Reader, *beside: Path, keeps_all: b
         if not run.continues or _is_anothers(path, run, read):
             set_aside(path, beside=beside)
         else:
-            newest = _cut_back(path, INT64_MAX if keeps_all else run.next_seq, read)
+            newest = _cut_back(path, run, read, keeps_own=keeps_own)
     return Appender(path, newest)
 
 
@@ -146,8 +146,8 @@ def _is_anothers(path: Path, run: RunInfo, read: Reader) -> bool:
     if found is None or found.time in {None, last.time}:
         return False
     # One start of the job makes an entry once. Another start may have made it again, from an earlier checkpoint; but
-    # what a root that was lost had made was made in this one.
-    return run.recovered or found.attempt == last.attempt
+    # what a root that was lost had made, in a run that goes on from no checkpoint, was made in this one.
+    return (run.recovered and run.first_seq == 0) or found.attempt == last.attempt
 
 
 def set_aside(path: Path, files: Sequence[Path] | None = None, *, beside: Sequence[Path] = ()) -> None:
@@ -193,17 +193,23 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
 
 
-def _cut_back(path: Path, next_seq: int, read: Reader) -> int:
-    """Leave in the file the records before the first with a `seq` of `next_seq` or more, and no torn one.
+def _cut_back(path: Path, run: RunInfo, read: Reader, *, keeps_own: bool) -> int:
+    """Leave in the file the records before the first that is to be replaced, and no torn one.
 
     Returns:
         The last `seq` that is left, -1 if there is none.
     """
+
+    def is_replaced(seq: int, attempt: int | None) -> bool:
+        if keeps_own:
+            return 0 < run.first_seq <= seq and attempt != run.attempt
+        return seq >= run.next_seq
+
     with path.open("r+b") as file:
-        keep, torn, strangers, newest = _records_to_keep(read(file), next_seq)
+        keep, torn, strangers, newest = _records_to_keep(read(file), is_replaced)
         if keep < file.seek(0, os.SEEK_END):
             file.truncate(keep)
-            _logger.info("cut %s back to %d bytes, to continue it at seq %d", path, keep, next_seq)
+            _logger.info("cut %s back to %d bytes, to continue it behind seq %d", path, keep, newest)
         file.seek(max(keep - 1, 0))
         if file.read(1) not in {b"", b"\n"}:  # killed between a line and its end
             file.write(b"\n")
@@ -214,13 +220,15 @@ def _cut_back(path: Path, next_seq: int, read: Reader) -> int:
     return newest
 
 
-def _records_to_keep(records: Iterator[Record], next_seq: int) -> tuple[int, bytes, int, int]:
+def _records_to_keep(
+    records: Iterator[Record], is_replaced: Callable[[int, int | None], bool]
+) -> tuple[int, bytes, int, int]:
     """Return how many bytes to keep, the torn last record if there is one, how many have no `seq`, the last `seq`."""
     keep = strangers = 0
     newest = before = -1
     last = Record(b"", None)
     for last in records:
-        if last.seq is not None and last.seq >= next_seq:
+        if last.seq is not None and is_replaced(last.seq, last.attempt):
             return keep, b"", strangers, newest
         keep += len(last.data)
         strangers += last.seq is None

@@ -13,9 +13,12 @@ import msgspec
 from logsync.coordinator.errors import ConfigError, printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo, Sink, SinkSpec, make_sink, name_of
-from logsync.coordinator.sinks.lane import Lane, say
+from logsync.coordinator.sinks.lane import CAPACITY, Lane, say
 
 __all__ = ["SinkSet"]
+
+MOST_GIVEN = 4 * CAPACITY
+"""Entries of which a `SinkSet` knows whether they are settled."""
 
 _CLOSING_SHARE = 0.2  # of the time that close() may take is kept for the sinks' own close()
 
@@ -107,6 +110,9 @@ class SinkSet:
             return
         self._given.append((self._count, entry.seq))
         self._count += 1
+        if len(self._given) > MOST_GIVEN:
+            _ = self.settled_seq  # where nobody asks, and where a sink never returns, this must not grow
+            self._given = deque(self._given, MOST_GIVEN)
         lost: Counter[str] = Counter()
         for name, count in self.lost.items():  # two files of one kind are one number
             lost[f"logsync/dropped/{name.partition(':')[0]}"] += count

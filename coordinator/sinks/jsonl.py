@@ -49,7 +49,7 @@ class JsonlSink:
         """Make the folder, continue the file or set it aside, and open it for appending."""
         path = run.run_dir / "metrics.jsonl" if self._path is None else self._path
         hyperparams = path.with_name("hyperparams.json")
-        self._file = open_for(run, path, _records, hyperparams, keeps_all=run.recovered)
+        self._file = open_for(run, path, _records, hyperparams, keeps_own=run.recovered)
         self._stored = self._file.newest_seq if run.recovered else -1
         missing = self._file.missing_entry(run)
         if missing is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +15,7 @@ from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.workers import connect
-from support.sinks import wait_for
+from support.sinks import lanes, wait_for
 from support.torchrun import entries
 
 LOGS = 1000
@@ -91,7 +90,7 @@ def test_a_thousand_logs_beside_broken_destinations_are_all_in_the_file_and_what
     log.close()
     closed_s = time.monotonic() - began
     # Only one that sleeps for a second, or waits for an answer, may still be at it; then its entry may yet arrive.
-    wait_for(lambda: not [thread.name for thread in threading.enumerate() if thread.name.startswith("logsync-")])
+    wait_for(lambda: not lanes())
 
     written = entries(tmp_path)
     assert [(entry["seq"], entry["step"], entry["loss"]) for entry in written] == [

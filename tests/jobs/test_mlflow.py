@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -28,7 +27,7 @@ from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.coordinator.sinks.mlflow import MlflowSink
 from logsync.workers import connect
-from support.sinks import entry, feed, run, wait_for
+from support.sinks import entry, feed, lanes, run, wait_for
 from support.torchrun import entries
 
 _START_S = 90
@@ -392,7 +391,7 @@ def test_a_thousand_logs_beside_a_server_that_stops_are_all_in_the_file_and_what
         begun = time.monotonic()
         job.close()
         assert time.monotonic() - begun < 20  # 10 s is the bound; the rest is for a machine that is busy
-        wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("logsync-")])
+        wait_for(lambda: not lanes())
 
     assert [entry["loss"] for entry in entries(log.folder)] == [float(step) for step in range(1000)]
     assert log.server.points(run_id, "loss") == [(step, float(step)) for step in range(20)]

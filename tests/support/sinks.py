@@ -12,7 +12,7 @@ import msgspec
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo, Sink
 
-__all__ = ["Gate", "entry", "feed", "run", "wait_for"]
+__all__ = ["Gate", "entry", "feed", "lanes", "run", "wait_for"]
 
 
 def entry(seq: int, metrics: dict[str, float] | None = None, **changes: object) -> LogEntry:
@@ -20,6 +20,12 @@ def entry(seq: int, metrics: dict[str, float] | None = None, **changes: object) 
     values = {"loss": seq / 2} if metrics is None else metrics
     plain = LogEntry(seq=seq, step=seq * 10, time=1000.0 + seq, attempt=0, calls=10, world_size=2, metrics=values)
     return msgspec.structs.replace(plain, **changes)
+
+
+def lanes() -> list[str]:
+    """Return the sinks' threads that are alive."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("logsync-") and name != "logsync-sigterm"]
 
 
 def run(

@@ -38,6 +38,8 @@ def broken(_: Follow) -> Exception:
 class Line:
     """Answers as it is told, and then not at all."""
 
+    job = "ours"
+
     def __init__(self) -> None:
         self.replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self.asks: list[Follow] = []

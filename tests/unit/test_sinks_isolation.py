@@ -17,7 +17,7 @@ import pytest
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks import lane as lanes
 from logsync.coordinator.sinks.base import RunInfo
-from logsync.coordinator.sinks.isolation import SinkSet
+from logsync.coordinator.sinks.isolation import MOST_GIVEN, SinkSet
 from logsync.coordinator.sinks.lane import Lane
 from support.sinks import Gate, wait_for
 
@@ -321,4 +321,16 @@ def test_an_entry_is_settled_when_every_sink_has_written_or_lost_it_and_all_befo
     gate.open_gate.set()
     assert sinks.flush()
     assert sinks.settled_seq == 2
+    sinks.close()
+
+
+def test_what_is_known_of_given_entries_does_not_grow_where_nobody_asks() -> None:
+    sinks = SinkSet([lambda _: None])
+    sinks.prepare(RUN)
+    for seq in range(2 * MOST_GIVEN):
+        sinks.write(entry(seq))
+
+    assert len(sinks._given) <= MOST_GIVEN
+    assert sinks.flush()
+    assert sinks.settled_seq == 2 * MOST_GIVEN - 1
     sinks.close()

@@ -587,3 +587,26 @@ def test_a_root_that_was_lost_after_its_first_line_goes_on_with_it(tmp_path: Pat
 
     assert seqs(file) == [0, 1]
     assert not file.with_name("metrics.jsonl.1").exists()
+
+
+def test_a_root_that_takes_anothers_place_keeps_what_that_stored_and_replaces_what_an_earlier_start_did(
+    tmp_path: Path, file: Path
+) -> None:
+    write(run(tmp_path), *(entry(seq, time=float(seq)) for seq in range(6)))
+    resumed = dataclasses.replace(run(tmp_path, 3, resumed=True), recovered=True, first_seq=3, attempt=1)
+    again = [entry(seq, time=100.0 + seq, attempt=1) for seq in range(3, 6)]
+
+    # The one before was lost before it had opened the file, and the next one when it had written an entry.
+    write(dataclasses.replace(resumed, last_entry=again[0]), again[0])
+    write(dataclasses.replace(resumed, last_entry=again[0]), *again)
+
+    lines = [strict(line) for line in file.read_bytes().splitlines()]
+    assert [(line["seq"], line["time"]) for line in lines] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 103.0),
+        (4, 104.0),
+        (5, 105.0),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

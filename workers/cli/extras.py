@@ -20,6 +20,9 @@ MODULES = {
     "mlflow": "mlflow",
     "prometheus": "prometheus_client",
     "plot": "plotly",
+    "accelerate": "accelerate",
+    "huggingface": "transformers",
+    "lightning": "lightning",
 }
 """What has to be importable for each extra."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import ConfigError, LaunchError, Step, printable
 from logsync.coordinator.host import Host
 from logsync.coordinator.messages import LogEntry, State, Window, decode_decision
+from logsync.coordinator.sinks.isolation import SinkSet
 from logsync.workers.hosting import Hosting, HostPlan, Plan
 from logsync.workers.transports.base import Position, Root
 from logsync.workers.transports.ray_follow import FollowSession
@@ -30,6 +32,7 @@ __all__ = ["RayTransport", "follow", "train_context"]
 _logger = logging.getLogger(__name__)
 
 _NAMESPACE = "logsync"
+_UNUSED_S = 60.0  # after which an actor ends that nobody has asked anything
 _MOST_CALLS = 100_000  # that an actor answers at once: two of every rank
 
 
@@ -131,7 +134,12 @@ class LogsyncCoordinator:
         def end() -> None:
             ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-        self._server = RootServer(job, succeeds=succeeds or again, stays=stays, end=end)
+        self._server = server = RootServer(job, succeeds=succeeds or again, stays=stays, end=end)
+        if not stays:
+            # The server has a clock from the first question on, which may never come.
+            unused = threading.Timer(_UNUSED_S, lambda: None if server.was_asked else end())
+            unused.daemon = True
+            unused.start()
 
     async def ask(self, data: bytes) -> bytes:
         return await self._server.ask(data)
@@ -312,8 +320,7 @@ class _RemoteHost:
             self._released_turn = self._session.held.turn
 
     def go_on_here(self, coordinator: Callable[[], Coordinator], rank: int, number: int) -> tuple[Root, bytes | None]:  # noqa: ARG002 - the actor has not said what it decided
-        found = coordinator()
-        self._here = self._plan.host(found, recovered=found.next_seq > 0)
+        self._here = self._plan.resume(coordinator(), SinkSet(self._plan.sinks), self._session.recovered)
         return self._here.decide_alone, None
 
     def leave(self, rank: int, take: Callable[[int], Window], step: Step, call: int) -> None:

@@ -29,6 +29,8 @@ _GOODBYE_S = 5.0
 class FollowerLine(Protocol):
     """The way to the actor of one name."""
 
+    job: str
+
     def find(self) -> None:
         """Find the actor; never makes one.
 
@@ -151,6 +153,10 @@ class FollowSession:
                 _logger.warning("follower %s was not understood: %s", self._who, error)
                 self._pause(_PAUSE_S)
                 continue
+            if answer is not None and answer.kind == "stranger":  # another job's; this one's is not there yet
+                self._found = False
+                self._pause(_PAUSE_S if not closing else _SLICE_S)
+                continue
             if answer is not None and answer.kind == "error":
                 _logger.warning("follower %s was refused: %s", self._who, printable(answer.error, 1000))
                 self._window = Window()
@@ -162,7 +168,17 @@ class FollowSession:
 
     def _asked(self, *, closing: bool, until: float) -> Answer | None:
         data = encode(
-            Follow(WIRE, self._session, self._who, self._run, self._made, self._number, self._window, closing)
+            Follow(
+                WIRE,
+                self._session,
+                self._who,
+                self._run,
+                self._made,
+                self._number,
+                self._window,
+                closing,
+                self._line.job,
+            )
         )
         self.asked += 1
         self.bytes_sent += len(data)

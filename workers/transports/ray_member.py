@@ -23,8 +23,8 @@ from logsync.coordinator.errors import (
     TransportError,
     printable,
 )
-from logsync.coordinator.messages import MAX_FRAME
-from logsync.workers.hosting import Plan
+from logsync.coordinator.messages import MAX_FRAME, decode_decision
+from logsync.workers.hosting import Plan, Recovered
 from logsync.workers.transports.base import Position
 from logsync.workers.transports.ray_wire import (
     KEPT,
@@ -186,7 +186,8 @@ class RankSession:
             kept.pop()
         if answer.entry_seq >= 0:
             kept.append((answer.entry_seq, answer.body))
-        for seq in [seq for seq in self._notes if seq <= answer.durable_seq or seq >= ahead]:
+        held = {seq for seq, _ in kept}
+        for seq in [seq for seq in self._notes if seq not in held]:
             del self._notes[seq]
         self._released = min(self._released, ahead - 1)
         self.entry_seq = answer.entry_seq
@@ -200,9 +201,17 @@ class RankSession:
             entries_made=answer.entries_made,
         )
 
+    @property
+    def recovered(self) -> Recovered:
+        """What this rank knows of entries that may not be written yet."""
+        found = [decode_decision(reply).entry for _, reply in self._kept]
+        entries = {entry.seq: entry for entry in found if entry is not None}
+        return Recovered(self.held.memory, entries, dict(self._notes), self._released)
+
     def release(self, seq: int, notes: dict[str, float]) -> None:
         """Have the log's thread, or the next turn, tell that entry `seq` is complete; never waits."""
-        self._notes[seq] = notes
+        if notes:
+            self._notes[seq] = notes
         self._released = seq
         self._unsaid = Release(self.session, seq, notes)
 

@@ -74,6 +74,11 @@ class RootServer:
         self._watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def was_asked(self) -> bool:
+        """Whether anybody has come yet."""
+        return self._watch is not None
+
     def place(self, session: str, plan: Plan) -> None:
         """Take in how rank 0 wants the root to be made; before it joins."""
         self._plans[session] = plan
@@ -136,6 +141,8 @@ class RootServer:
                 f"follower {ask.who} speaks version {ask.wire} to an actor of version {WIRE}; install the same logsync"
             )
             raise ProtocolError(msg)
+        if ask.job != self._job:  # a name that another job's actor has, which the ranks of this one will replace
+            return Answer(self.incarnation, "stranger")
         Partials().add_windows([(0, ask.window)])  # refused here, it harms nobody's round
         self._following += 1
         try:
@@ -268,19 +275,27 @@ class RootServer:
         idle_since = time.monotonic()
         while True:
             await asyncio.sleep(0.25)
-            now = time.monotonic()
-            runs = {run.key: run for run, _ in self._sessions.values()}
-            for run in runs.values():
-                if run.look(now):
-                    task = asyncio.create_task(run.warn())
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
-                    run.warned_s = now - (run.since or now)
-            self._forget(runs, now)
-            if self._sessions or self._tasks or self._following or self._joining.locked() or now < self._graced_until:
-                idle_since = now
-            elif not self._stays and now - idle_since >= _LINGER_S:
-                self._end()
+            try:
+                idle_since = self._looked(idle_since)
+            except Exception:  # the clock must go on
+                _logger.exception("the coordinator's actor could not look at its ranks")
+
+    def _looked(self, idle_since: float) -> float:
+        """Look once; return since when nobody uses this actor."""
+        now = time.monotonic()
+        runs = {run.key: run for run, _ in self._sessions.values()}
+        for run in runs.values():
+            if run.look(now):
+                task = asyncio.create_task(run.warn())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                run.warned_s = now - (run.since or now)
+        self._forget(runs, now)
+        if self._sessions or self._tasks or self._following or self._joining.locked() or now < self._graced_until:
+            return now
+        if not self._stays and now - idle_since >= _LINGER_S:
+            self._end()
+        return idle_since
 
     def _forget(self, runs: dict[str, Run], now: float) -> None:
         """Close the runs of which nothing has been heard for long."""

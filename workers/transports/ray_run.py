@@ -65,6 +65,7 @@ class Member:
         self.notices: list[str] = []
         self.poll: asyncio.Future[None] | None = None
         self.left = False
+        self.admission: Answer | None = None
         self.is_new = False  # it has taken a rank's place in a run that goes on, and has not been told where it is
 
     def heard(self, call: int, step: Step) -> None:
@@ -103,6 +104,7 @@ class Run:
         self.timeout_s = join.timeout_s
         self.warn_after_s = join.warn_after_s
         self._incarnation = incarnation
+        self._made_at = time.monotonic()
         self._frames: dict[int, Exchange] = {}
         self._waiting: dict[int, bool] = {}  # ranks in the open turn, and whether they are patient
         self._outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -155,22 +157,26 @@ class Run:
 
     def take(self, held: Held) -> None:
         """Take over what a rank knows of the run, where this actor knows less."""
+        if held.turn > self.turn and self._root is not None:
+            self._executor.submit(self._root.close)  # it was made of what is outdated
+            self._root = None
         for reply in held.entries:
-            decision = decode_decision(reply)
-            if decision.entry is not None and self._root is None:
-                self._entries.setdefault(decision.entry.seq, decision.entry)
+            entry = decode_decision(reply).entry
+            if entry is not None and self._root is None:
+                if entry.seq >= max(self._entries, default=0):
+                    self._entry_reply = reply
+                self._entries.setdefault(entry.seq, entry)
         if held.notes or held.released >= 0:
             self._notes.update(held.notes)
             self._released = max(self._released, held.released)
         if held.turn <= self.turn:
             return
-        root, self._root = self._root, None  # it was made of what is outdated
-        if root is not None:
-            self._executor.submit(root.close)
         self._memory = held.memory
         self._standing = Standing(held.memory, -1, held.durable_seq, held.next_seq, held.entries_made)
         self.turn = held.turn - 1
-        self._finish(msgspec.structs.replace(self._answer(held.reply), entry_seq=max(self._entries, default=-1)))
+        last = decode_decision(held.reply).entry
+        seq = -1 if last is None else last.seq
+        self._finish(msgspec.structs.replace(self._answer(held.reply), entry_seq=seq))
 
     # -- turns -------------------------------------------------------------------------------------------------
 
@@ -179,7 +185,10 @@ class Run:
         member.heard(ask.call, ask.step)
         rank = member.rank
         if member.is_new:
-            return await self._readmit(member, ask.frame)
+            member.admission = await self._readmit(member, ask.frame)
+        if ask.turn == 0 and member.admission is not None:
+            return member.admission  # also where its answer was lost
+        member.admission = None
         if self._last is not None and ask.turn == self.turn - 1:
             return self._last
         if self.lost is None and ask.turn != self.turn:
@@ -325,7 +334,7 @@ class Run:
             while len(self._followed) > _MOST_FOLLOWED:
                 lost = self._followed.pop(next(iter(self._followed)))
                 _logger.warning("a window of follower %s is lost: too many wait for a round", lost.who)
-        while not ask.closing and not self.is_over and self._standing.entries_made <= made:
+        while not ask.closing and not self.is_over and (self._standing.entries_made <= made or not self._entry_reply):
             await asyncio.shield(self._news)
         made_now = self._standing.entries_made
         if ask.closing or made_now <= made or not self._entry_reply:
@@ -414,12 +423,16 @@ class Run:
             self.lose(RoundTimeout(text, ranks=tuple(missing[:64]), round=self.turn))
             return False
         if self._waiting and all(self._waiting.values()):
-            silent = [r for r, m in self.members.items() if r not in self._frames and now - m.seen >= self.timeout_s]
+            silent = [rank for rank in self.missing if now - self._seen(rank) >= self.timeout_s]
             if silent:
                 text = f"round {self.turn} failed: no sign of life of {ranks_text(silent)} for {self.timeout_s:g} s"
                 msg = f"{text}: {self._known(silent)}"
                 self.lose(PeerLost(msg, ranks=tuple(silent[:64]), round=self.turn))
         return self.since is not None and now - self.since - self.warned_s >= self.warn_after_s
+
+    def _seen(self, rank: int) -> float:
+        """Return when a rank gave a sign of life; one that this actor has never heard of, at the earliest then."""
+        return self.members[rank].seen if rank in self.members else self._made_at
 
     async def warn(self) -> None:
         """Have the lowest rank that waits say who is missing and where they are."""

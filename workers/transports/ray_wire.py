@@ -137,6 +137,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
         made: how many entries that run had made by then.
         number: of this window.
         closing: the follower goes, and waits for no entry.
+        job: the Ray job that it belongs to.
     """
 
     wire: _Natural
@@ -147,6 +148,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
     number: _Natural
     window: Window = Window()
     closing: bool = False
+    job: _Id = ""
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
