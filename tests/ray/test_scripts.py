@@ -1,4 +1,4 @@
-"""Ray Train: the demo on two of its workers."""
+"""Scripts that need Ray: the demo on two workers of Ray Train, and the benchmark."""
 
 from __future__ import annotations
 
@@ -27,3 +27,18 @@ def test_two_workers_of_ray_train_learn_the_digits_and_keep_one_log(tmp_path: Pa
     assert accuracies[-1] > 0.85
     assert all("ranks" not in entry for entry in entries), "an entry lacks a worker's values"
     assert not any(entry.get("partial") for entry in entries)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.usefixtures("worlds")
+def test_the_benchmark_prints_a_line_for_each_thing_and_size() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "bench_ray.py"
+    few = ["--sizes", "1", "2", "--repeats", "2", "--calls", "3", "--reports", "1"]
+    ran = run_on_this_ray([str(script), *few], timeout_s=140)
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines_of_ours = [line for line in ran.stdout.splitlines() if "(raylet)" not in line]
+    found = [(line[:22].strip(), line[22:30].strip()) for line in lines_of_ours[1:-1]]
+    each = ["a bare actor call", "a bare round", "our round", "a leased call"]
+    assert found == [(what, size) for size in "12" for what in each] + [("ray.train.report", "2")]
+    assert lines_of_ours[-1].startswith("a round is at most ")
