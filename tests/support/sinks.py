@@ -24,8 +24,9 @@ def entry(seq: int, metrics: dict[str, float] | None = None, **changes: object) 
 
 def lanes() -> list[str]:
     """Return the sinks' threads that are alive."""
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith("logsync-") and name != "logsync-sigterm"]
+    # Others are logsync's, too: that of SIGTERM, and what tests before this one may have left in this process.
+    targets = {thread.name: getattr(thread, "_target", None) for thread in threading.enumerate()}
+    return [name for name, target in targets.items() if getattr(target, "__qualname__", "") == "Lane._serve"]
 
 
 def run(
