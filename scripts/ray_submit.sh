@@ -13,59 +13,25 @@
 # It needs ray[default]; PYTHON is its interpreter (.venv's, or python3). The job goes on if this script is ended.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source-path=SCRIPTDIR source=_options.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_options.sh"
 
-usage() {
-  sed -n '3,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
-
-fail() {
-  echo "ray_submit.sh: $*; see --help" >&2
-  exit 2
-}
-
-address=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265} folder=$PWD wheel='' id=logsync-$(date +%Y%m%d-%H%M%S) dry_run=''
-while (($#)); do
-  option=$1
-  shift
-  case $option in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --dry-run)
-      dry_run=yes
-      continue
-      ;;
-    --)
-      break
-      ;;
-    --*=*)
-      set -- "${option#*=}" "$@"
-      option=${option%%=*}
-      ;;
+address=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265} folder=$PWD wheel='' id=logsync-$(date +%Y%m%d-%H%M%S)
+set_option() {
+  case $1 in
+    --address) address=$2 ;;
+    --working-dir) folder=$2 ;;
+    --wheel) wheel=$2 ;;
+    --submission-id) id=$2 ;;
+    *) return 1 ;;
   esac
-  [[ $option == -* ]] || fail "the job's command stands after --, given $option"
-  (($#)) || fail "$option needs a value"
-  value=$1
-  shift
-  case $option in
-    --address) address=$value ;;
-    --working-dir) folder=$value ;;
-    --wheel) wheel=$value ;;
-    --submission-id) id=$value ;;
-    *) fail "unknown option $option" ;;
-  esac
-done
+}
+read_options "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
 (($#)) || fail "no command was given"
+[[ -n $ended ]] || fail "the job's command stands after --, given $1"
 [[ $address == http://* || $address == https://* ]] || fail "--address takes the dashboard's URL, given $address"
 [[ -d $folder ]] || fail "--working-dir $folder is no folder"
-
-python=${PYTHON:-}
-if [[ -z $python ]]; then
-  python=python3
-  [[ -x $here/../.venv/bin/python ]] && python=$here/../.venv/bin/python
-fi
 
 ray=("$python" -m ray.scripts.scripts job)
 options=()

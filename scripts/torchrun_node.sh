@@ -16,51 +16,23 @@
 # (.venv's, or python3). A node that was lost may come back: start it again with the same command.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source-path=SCRIPTDIR source=_options.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_options.sh"
 
-usage() {
-  sed -n '3,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
-
-fail() {
-  echo "torchrun_node.sh: $*; see --help" >&2
-  exit 2
-}
-
-nnodes=1 ranks=1 endpoint='' id=logsync restarts=3 join_timeout=600 dry_run=''
-while (($#)) && [[ $1 == -* ]]; do
-  option=$1
-  shift
-  case $option in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --dry-run)
-      dry_run=yes
-      continue
-      ;;
-    --)
-      break
-      ;;
-    --*=*)
-      set -- "${option#*=}" "$@"
-      option=${option%%=*}
-      ;;
+nnodes=1 ranks=1 endpoint='' id=logsync restarts=3 join_timeout=600
+set_option() {
+  case $1 in
+    --nnodes) nnodes=$2 ;;
+    --nproc-per-node) ranks=$2 ;;
+    --rdzv-endpoint) endpoint=$2 ;;
+    --rdzv-id) id=$2 ;;
+    --max-restarts) restarts=$2 ;;
+    --join-timeout) join_timeout=$2 ;;
+    *) return 1 ;;
   esac
-  (($#)) || fail "$option needs a value"
-  value=$1
-  shift
-  case $option in
-    --nnodes) nnodes=$value ;;
-    --nproc-per-node) ranks=$value ;;
-    --rdzv-endpoint) endpoint=$value ;;
-    --rdzv-id) id=$value ;;
-    --max-restarts) restarts=$value ;;
-    --join-timeout) join_timeout=$value ;;
-    *) fail "unknown option $option" ;;
-  esac
-done
+}
+read_options "$@"
+set -- ${arguments[@]+"${arguments[@]}"}
 (($#)) || fail "no script was given"
 [[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "--nnodes takes a number or MIN:MAX, given $nnodes"
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node takes a number, given $ranks"
@@ -73,12 +45,6 @@ if [[ -z $endpoint ]]; then
 fi
 host=${endpoint%:*} port=29400
 [[ $endpoint == *:* ]] && port=${endpoint##*:}
-
-python=${PYTHON:-}
-if [[ -z $python ]]; then
-  python=python3
-  [[ -x $here/../.venv/bin/python ]] && python=$here/../.venv/bin/python
-fi
 
 # What is set already stays.
 environment=()
