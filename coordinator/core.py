@@ -100,8 +100,9 @@ def misfit(state: State, frequency_type: str) -> str:
     """Return why a log that counts in `frequency_type` cannot go on from `state`; empty if it can."""
     if state.frequency_type != frequency_type:
         return f"the state counts in frequency type {state.frequency_type!r}, this log in {frequency_type!r}"
-    if max(state.next_seq, state.attempt, state.missed) > MAX_CALL:
-        return f"the state has a count that no log could have: {max(state.next_seq, state.attempt, state.missed)}"
+    largest = max(state.next_seq, state.attempt, state.missed)
+    if largest > MAX_CALL:
+        return f"the state has a count that no log could have: {largest}"
     try:
         checked_frequency(state.log_frequency, frequency_type)
         for step in (state.last_log_step, state.last_model_update_step):
@@ -129,7 +130,7 @@ class Coordinator:
         entries_made: how many entries this start of the job has made; unlike `next_seq`, a load leaves it alone.
         restores: how often a state was loaded.
         first_seq: the `seq` that the loaded state goes on with; what is stored from there on is to be replaced.
-        refused_load: whether the last round failed because ranks had loaded different states.
+        refused_for: the kind of error by which the last round failed; None if it was accepted.
 
     Raises:
         ValueError: `run_dir` is too long for a frame, or not UTF-8.
@@ -157,7 +158,7 @@ class Coordinator:
         self.entries_made = 0
         self.restores = 0
         self.first_seq = 0
-        self.refused_load = False
+        self.refused_for: type[LogsyncError] | None = None
         self._settings = settings
         self._refusal = refusal
         self._world_size = world_size
@@ -197,7 +198,7 @@ class Coordinator:
         self._round += 1
         self._round_times = (self._round_times[1], now)
         moment = self._moment()
-        self.refused_load = False
+        self.refused_for = None
         over = _GOES_ON
         try:
             if number == 0:
@@ -231,7 +232,7 @@ class Coordinator:
     def _rejected(self, moment: _Moment, number: int, error: LogsyncError, over: _Over) -> bytes:
         steps = self._steps
         self._return_to(moment)
-        self.refused_load = isinstance(error, StateMismatch)
+        self.refused_for = type(error)
         if isinstance(error, RoundMismatch):
             self._steps = steps  # told once, and the norm from now on
         return encode(self._decision(number, failure=failure_of(error), over=over))

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from logsync.coordinator.core import Coordinator
-from logsync.coordinator.errors import Step
-from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window, decode_decision
+from logsync.coordinator.errors import StateMismatch, Step
+from logsync.coordinator.messages import MAX_PATH, LogEntry, State, Window
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.isolation import SinkSet
 
@@ -133,7 +133,7 @@ class Host:
 
     def _decide(self, frames: Sequence[bytes | bytearray | memoryview]) -> bytes:
         reply, entries = self.coordinator.handle(frames, self._clock())
-        self._note_load(reply)
+        self._note_load()
         self._continue_run()
         self._held.extend(entries)
         return reply
@@ -145,12 +145,13 @@ class Host:
             self._refused = False
             self._last_entry = last_entry
 
-    def _note_load(self, reply: bytes) -> None:
+    def _note_load(self) -> None:
         """Forget the state that was loaded here once a round has taken it over, passed it by or refused it."""
-        if self.coordinator.refused_load:
+        refused_for = self.coordinator.refused_for
+        if refused_for is StateMismatch:
             self._refused = self._loaded is not None or not self._written_to
             self._loaded = None
-        elif self._loaded is not None and decode_decision(reply).failure is None:
+        elif refused_for is None:
             self._loaded = None
 
     def _continue_run(self) -> None:

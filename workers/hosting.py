@@ -169,11 +169,10 @@ class HostPlan:
     folder: str = field(default_factory=os.getcwd)  # for paths that are relative to it
     hyperparams: bytes = b""
 
-    def host(self, coordinator: Coordinator, *, sinks: SinkSet | None = None, **options: Any) -> Host:
-        """Return a host for `coordinator`, with this plan's sinks if they are not given."""
+    def _host_of(self, coordinator: Coordinator, sinks: SinkSet, **options: Any) -> Host:
         return Host(
             coordinator,
-            SinkSet(self.sinks) if sinks is None else sinks,
+            sinks,
             name=self.settings.name,
             world_size=self.world_size,
             reserved=self.reserved,
@@ -192,7 +191,7 @@ class HostPlan:
             attempt=self.attempt,
             refusal=missing and f"rank 0 cannot log: {missing}",
         )
-        return self.host(coordinator, sinks=sinks)
+        return self._host_of(coordinator, sinks)
 
     def open(self, recovered: Recovered | None) -> Hosted:
         """Make the host in this process, which works for nothing else."""
@@ -216,7 +215,7 @@ class HostPlan:
         seqs = sorted(recovered.entries)
         oldest = recovered.entries[seqs[0]] if seqs else None
         # Where nothing was logged yet, what lies in the folder is an older run's.
-        host = self.host(coordinator, sinks=sinks, recovered=coordinator.next_seq > 0, oldest=oldest)
+        host = self._host_of(coordinator, sinks, recovered=coordinator.next_seq > 0, oldest=oldest)
         for seq in seqs:
             entry = recovered.entries[seq]
             notes = recovered.notes.get(seq, {})

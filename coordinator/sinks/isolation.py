@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -13,12 +12,9 @@ import msgspec
 from logsync.coordinator.errors import ConfigError, printable
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo, Sink, SinkSpec, make_sink, name_of
-from logsync.coordinator.sinks.lane import CAPACITY, Lane, say
+from logsync.coordinator.sinks.lane import Lane, say
 
 __all__ = ["SinkSet"]
-
-MOST_GIVEN = 4 * CAPACITY
-"""Entries of which a `SinkSet` knows whether they are settled."""
 
 _CLOSING_SHARE = 0.2  # of the time that close() may take is kept for the sinks' own close()
 
@@ -45,9 +41,9 @@ class SinkSet:
         self._run: RunInfo | None = None
         self._lanes: list[Lane] = []
         self._sinks: list[Sink] = []
-        self._given: deque[tuple[int, int]] = deque()  # number and seq of entries that may not be settled yet
-        self._count = 0
-        self._settled_seq: int | None = None
+        self._count = 0  # entries that were given to the lanes
+        self._prepared_at = 0  # how many of them before the last prepare()
+        self._newest_seq = -1
         for spec in sinks:
             sink, name = make_sink(spec), name_of(spec)
             taken = {lane.name for lane in self._lanes}
@@ -86,8 +82,7 @@ class SinkSet:
     def prepare(self, run: RunInfo) -> None:
         """Say what run the entries to come belong to; open sinks are closed, to open again with this run."""
         self._run = run
-        self._given.clear()
-        self._settled_seq = None
+        self._prepared_at = self._count
         for lane in self._lanes:
             lane.reopen(run)
 
@@ -97,30 +92,26 @@ class SinkSet:
 
         For one thread at a time, the one that calls `write`.
         """
-        if self._given:
-            settled = min((lane.settled for lane in self._lanes), default=self._count)
-            while self._given and self._given[0][0] < settled:
-                self._settled_seq = self._given.popleft()[1]
-        return self._settled_seq
+        settled = min((lane.settled for lane in self._lanes), default=self._count)
+        # Entries of one run follow each other without a gap.
+        return self._newest_seq - (self._count - settled) if settled > self._prepared_at else None
 
     def write(self, entry: LogEntry) -> None:
         """Queue `entry` for every sink, with what they have lost so far; never waits, never raises for a sink."""
         if self._run is None:
             say(logging.ERROR, "entry seq %d (step %s) was dropped: the sinks are closed", entry.seq, entry.step)
             return
-        self._given.append((self._count, entry.seq))
         self._count += 1
-        if len(self._given) > MOST_GIVEN:
-            _ = self.settled_seq  # where nobody asks, and where a sink never returns, this must not grow
-            self._given = deque(self._given, MOST_GIVEN)
-        lost: Counter[str] = Counter()
+        self._newest_seq = entry.seq
+        lost: dict[str, float] = {}
         for name, count in self.lost.items():  # two files of one kind are one number
-            lost[f"logsync/dropped/{name.partition(':')[0]}"] += count
+            metric = f"logsync/dropped/{name.partition(':')[0]}"
+            lost[metric] = lost.get(metric, 0.0) + count
         for lane in self._lanes:
             # An entry is frozen, but its dicts are not: a sink that changes them must not change another sink's.
             own = msgspec.structs.replace(
                 entry,
-                metrics={**entry.metrics, **{name: float(count) for name, count in lost.items()}},
+                metrics={**entry.metrics, **lost},
                 ranks=dict(entry.ranks),
                 nan_ranks=dict(entry.nan_ranks),
             )
@@ -130,9 +121,9 @@ class SinkSet:
         """Have the sinks that can keep the run's settings; never waits."""
         if self._run is None:
             say(logging.ERROR, "hyperparameters (%s) were dropped: the sinks are closed", printable(", ".join(values)))
+            return
         for lane in self._lanes:
-            if self._run is not None:
-                lane.put_hyperparams(values, self._run)
+            lane.put_hyperparams(values, self._run)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the sinks have taken what was queued; returns whether they have."""

@@ -278,8 +278,8 @@ class Twins:
 def _standing(root: Coordinator) -> dict[str, Any]:
     """Return everything that a round which was refused must leave as it was."""
     found = dict(vars(root))
-    # The round's number and time go on; a distance of steps is refused once; that a load was refused is remembered.
-    del found["_round"], found["_round_times"], found["_steps"], found["refused_load"]
+    # The round's number and time go on; a distance of steps is refused once; what it was refused for is told.
+    del found["_round"], found["_round_times"], found["_steps"], found["refused_for"]
     found["_cadence"] = root._cadence.snapshot()
     found["frequency_manager"] = dict(vars(root.frequency_manager))
     return found
