@@ -53,7 +53,7 @@ WORLDS: dict[str, Fuzzer] = {
 FUZZERS: dict[str, Fuzzer] = {**{kind: partial(check_kind, kind) for kind in DECODERS}, **WORLDS}
 
 seeds = st.integers(0, 2**32 - 1)
-examples = hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+examples = hypothesis_settings(max_examples=200, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

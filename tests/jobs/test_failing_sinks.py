@@ -90,7 +90,7 @@ def test_a_thousand_logs_beside_broken_destinations_are_all_in_the_file_and_what
     log.close()
     closed_s = time.monotonic() - began
     # Only one that sleeps for a second, or waits for an answer, may still be at it; then its entry may yet arrive.
-    wait_for(lambda: not lanes())
+    wait_for(lambda: not lanes(sinks))
 
     written = entries(tmp_path)
     assert [(entry["seq"], entry["step"], entry["loss"]) for entry in written] == [

@@ -391,7 +391,7 @@ def test_a_thousand_logs_beside_a_server_that_stops_are_all_in_the_file_and_what
         begun = time.monotonic()
         job.close()
         assert time.monotonic() - begun < 20  # 10 s is the bound; the rest is for a machine that is busy
-        wait_for(lambda: not lanes())
+        wait_for(lambda: not lanes(sinks))
 
     assert [entry["loss"] for entry in entries(log.folder)] == [float(step) for step in range(1000)]
     assert log.server.points(run_id, "loss") == [(step, float(step)) for step in range(20)]

@@ -11,6 +11,7 @@ import msgspec
 
 from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo, Sink
+from logsync.coordinator.sinks.isolation import SinkSet
 
 __all__ = ["Gate", "entry", "feed", "lanes", "run", "wait_for"]
 
@@ -22,11 +23,9 @@ def entry(seq: int, metrics: dict[str, float] | None = None, **changes: object) 
     return msgspec.structs.replace(plain, **changes)
 
 
-def lanes() -> list[str]:
-    """Return the sinks' threads that are alive."""
-    # Others are logsync's, too: that of SIGTERM, and what tests before this one may have left in this process.
-    targets = {thread.name: getattr(thread, "_target", None) for thread in threading.enumerate()}
-    return [name for name, target in targets.items() if getattr(target, "__qualname__", "") == "Lane._serve"]
+def lanes(sinks: SinkSet) -> list[str]:
+    """Return the sinks whose threads are alive."""
+    return [lane.name for lane in sinks._lanes if lane._thread is not None and lane._thread.is_alive()]
 
 
 def run(

@@ -20,7 +20,7 @@ DECISIONS = int(os.environ.get("LOGSYNC_DECISIONS", "10000000"))
 
 
 @given(st.randoms(use_true_random=False))
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=150, suppress_health_check=list(HealthCheck))
 def test_answers_agree_and_equal_a_manager_asked_at_every_call(rng: random.Random) -> None:
     check_schedule(random_schedule(rng, calls=60))  # hypothesis shrinks what fails; the volume is below
 

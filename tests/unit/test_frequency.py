@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from logsync.coordinator.frequency import FrequencyManager, cadence_reached, earliest, log_ready
@@ -396,7 +395,6 @@ def rule_of_the_source(current: float, last: float, frequency: float) -> bool:
     return current >= float(format(last + frequency, ".4f"))
 
 
-@hypothesis_settings(deadline=None)
 @given(st.integers(0, 10**8), st.integers(1, 10**7), st.integers(-3, 3) | st.integers(-(10**7), 10**7))
 @example(0, 10**6, -1)
 def test_on_multiples_of_a_ten_thousandth_the_source_agrees(last: int, frequency: int, off: int) -> None:
@@ -451,7 +449,6 @@ positive = st.floats(1e-12, 1e12) | st.integers(1, 10**12)
 steps = st.just(0) | positive
 
 
-@hypothesis_settings(deadline=None)
 @given(steps, positive, steps)
 def test_no_step_before_the_earliest_is_ready(last: float, frequency: float, current: float) -> None:
     due = earliest(last, frequency)
@@ -462,7 +459,6 @@ def test_no_step_before_the_earliest_is_ready(last: float, frequency: float, cur
             assert step >= math.nextafter(math.nextafter(due, 0), 0)
 
 
-@hypothesis_settings(deadline=None)
 @given(steps, positive, st.floats(0, 1))
 def test_the_tolerance_is_never_more_than_half_a_beat(last: float, frequency: float, share: float) -> None:
     current = last + frequency * share / 2.0001

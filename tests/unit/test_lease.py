@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from logsync.coordinator.frequency import FrequencyManager
@@ -93,7 +92,6 @@ def test_at_a_constant_pace_the_lease_ends_at_the_call_before_the_due_one() -> N
 paces = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=40)
 
 
-@hypothesis_settings(deadline=None)
 @given(paces, st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 60))
 def test_no_call_under_a_lease_is_due_while_the_pace_is_kept(
     pace: list[tuple[int, int]], largest: int, smallest: int, since: int, due: int

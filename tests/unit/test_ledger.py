@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from logsync.coordinator.errors import (
@@ -317,7 +316,6 @@ words = st.lists(
 )
 
 
-@hypothesis_settings(deadline=None)
 @given(words)
 def test_what_is_said_briefly_has_the_outcome_of_everything_that_was_said(words: list[Any]) -> None:
     """Of every call: first its resets, then its updates and marks, in their order."""

@@ -173,7 +173,6 @@ VALID = {
 # Both ways
 
 
-@hypothesis_settings(deadline=None)
 @given(st.one_of(*(st.tuples(st.just(kind), of) for kind, of in
                    (("report", reports), ("decision", decisions), ("state", states)))))  # fmt: skip
 def test_a_message_comes_back_as_it_was_sent(sent: tuple[str, msgspec.Struct]) -> None:
@@ -186,14 +185,12 @@ def test_a_message_comes_back_as_it_was_sent(sent: tuple[str, msgspec.Struct]) -
         assert encode(came) == data  # bits too: NaN is not equal to itself
 
 
-@hypothesis_settings(deadline=None)
 @given(st.lists(keys, max_size=5))
 def test_keys_come_back_as_they_were_sent(sent: list[KeySpec]) -> None:
     assert unpack_schema(encode(sent), 0) == tuple(sent)
     assert unpack_schema(b"", 0) == ()
 
 
-@hypothesis_settings(deadline=None)
 @given(st.lists(st.floats(), max_size=20).map(lambda values: values[: len(values) // 2 * 2]))
 def test_values_are_exact_to_the_bit(sent: list[float]) -> None:
     came = unpack_values(pack_values(sent), len(sent) // 2, 0)
@@ -324,7 +321,6 @@ def test_a_message_over_the_maximum_is_refused_unread(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-@hypothesis_settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_garbage_is_a_protocol_error_and_nothing_worse(kind: str, data: bytes) -> None:
     _decoded_or_refused(kind, data)
@@ -334,7 +330,7 @@ def test_garbage_is_a_protocol_error_and_nothing_worse(kind: str, data: bytes) -
 
 @pytest.mark.parametrize("kind", DECODERS)
 @given(st.lists(st.tuples(st.integers(0, 250), st.integers(0, 6), st.binary(max_size=6)), min_size=1, max_size=4))
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 def test_a_damaged_message_is_a_protocol_error_and_nothing_worse(
     kind: str, damages: list[tuple[int, int, bytes]]
 ) -> None:
@@ -405,7 +401,6 @@ def test_an_error_names_the_sender_and_the_first_byte() -> None:
 # Hellos
 
 
-@hypothesis_settings(deadline=None)
 @given(hellos)
 def test_a_hello_comes_back_as_it_was_sent_and_has_one_size(hello: Hello) -> None:
     data = encode_hello(hello)

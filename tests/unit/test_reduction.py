@@ -12,7 +12,6 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from logsync.coordinator.errors import ProtocolError, ReductionMismatch
@@ -72,7 +71,6 @@ def close(expected: float, scale: float) -> Any:
     return pytest.approx(expected, rel=1e-12, abs=1e-12 * scale)
 
 
-@hypothesis_settings(deadline=None)
 @given(data)
 def test_a_mean_is_weighted_over_all_values_of_all_ranks(ranks: list[Values]) -> None:
     flat = np.array([pair for values in ranks for pair in values])
@@ -83,7 +81,6 @@ def test_a_mean_is_weighted_over_all_values_of_all_ranks(ranks: list[Values]) ->
     assert value(ranks) == close(np.average(flat[:, 0], weights=flat[:, 1]), np.abs(flat[:, 0]).max())
 
 
-@hypothesis_settings(deadline=None)
 @given(data)
 def test_sum_min_max_and_last_are_those_of_all_values(ranks: list[Values]) -> None:
     flat = np.array([v for values in ranks for v, _ in values])
@@ -225,7 +222,6 @@ def test_a_sum_beyond_the_floats_is_infinite() -> None:
 # Spread and each rank's own
 
 
-@hypothesis_settings(deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=8))
 def test_spread_is_numpys_over_the_ranks_own_values(own: list[float]) -> None:
     result = merged([[(v, 1.0)] for v in own], spread=True).metrics
@@ -297,7 +293,6 @@ def bits(result: Merged) -> Any:
     return {k: struct.pack("<d", v) for k, v in result.metrics.items()}, result.ranks, result.nan_ranks
 
 
-@hypothesis_settings(deadline=None)
 @given(columns, st.randoms(use_true_random=False))
 def test_the_result_is_the_same_to_the_bit_whatever_the_order_and_grouping_of_ranks(
     ranks: list[list[tuple[float, float]]], rng: random.Random

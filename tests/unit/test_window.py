@@ -130,7 +130,6 @@ records = st.lists(
 )
 
 
-@hypothesis_settings(deadline=None)
 @given(records)
 def test_a_window_is_the_weighted_mean_of_all_that_was_recorded(recorded: list[tuple[dict[str, float], float]]) -> None:
     window = OpenWindow()
@@ -488,7 +487,7 @@ def test_endless_names_are_refused_before_they_fill_the_memory(window: OpenWindo
     assert "'loss/10000' would be one more" in said
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["a", "b", "a/min"]), st.sampled_from([1.0, 2, "bad", None, math.nan])), max_size=9
