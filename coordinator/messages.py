@@ -171,7 +171,7 @@ class KeySpec(msgspec.Struct, frozen=True, array_like=True):
     per_rank: bool = False
 
 
-# gc=False on what a root holds a thousand of: they cannot be part of a cycle, and the collector took a third of a round.
+# gc=False on what a root holds thousands of: no cycle can go through them, and the collector took a third of a round.
 class Window(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One rank's share of an entry.
 
