@@ -171,7 +171,8 @@ class KeySpec(msgspec.Struct, frozen=True, array_like=True):
     per_rank: bool = False
 
 
-class Window(msgspec.Struct, frozen=True, array_like=True):
+# gc=False on what a root holds thousands of: no cycle can go through them, and the collector took a third of a round.
+class Window(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One rank's share of an entry.
 
     Attributes:
@@ -185,7 +186,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True):
     values: Annotated[bytes, Meta(max_length=MAX_FRAME)] = b""
 
 
-class Rhythm(msgspec.Struct, frozen=True, array_like=True):
+class Rhythm(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a rank's step moved over its calls since the last round that was accepted.
 
     Attributes:
@@ -253,7 +254,7 @@ class State(msgspec.Struct, frozen=True, array_like=True):
     entry: LogEntry | None = None
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
+class Report(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One rank's frame of a round.
 
     Attributes:
