@@ -280,3 +280,13 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
 
 def test_hadolint_finds_nothing() -> None:
     assert linted("hadolint", ROOT / "docker" / "Dockerfile") == ""
+
+
+def test_the_image_is_built_with_a_folder_for_every_package_before_there_is_code(tmp_path: Path) -> None:
+    (made,) = [line for line in (ROOT / "docker" / "Dockerfile").read_text().splitlines() if "mkdir -p" in line]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    command = made.strip().removeprefix("&& ").removesuffix("\\")
+    subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, check=True, timeout=30)
+
+    packages = {path.parent.relative_to(ROOT) for top in ("coordinator", "workers") for path in (ROOT / top).rglob("*.py")}
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_dir()} == packages
