@@ -100,7 +100,9 @@ def connect(
         frequency_type: what steps count: "step" (optimizer steps), "batch" (micro-batches) or "epoch" (floats too).
         transport: "auto" takes torch.distributed if it is initialised, a Ray Train worker's context if there is one,
             and otherwise the single-node fallback;
-            "collective", "ray", "local", or an object that is a `Transport`.
+            "collective", "ray", "local", or an object that is a `Transport`. "collective:tree" gathers frames on the
+            first rank of each node before they go to rank 0, "collective:flat" never does; without either it is a tree
+            from 256 ranks on.
         sinks: where rank 0 writes: "console", "jsonl", "jsonl:PATH", a callable taking a `LogEntry`, or an object
             with open, write and close.
         run_dir: the folder for files; runs/<start time>-<name> if not given, or the loaded state's.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 from logsync.coordinator.errors import ConfigError, LaunchError
 from logsync.workers.transports.base import Following, Transport
 from logsync.workers.transports.local import LocalTransport
+from logsync.workers.transports.nodes import SHAPES
 
 __all__ = ["Launched", "choose_following", "choose_transport", "launched", "own_rank", "restart_count"]
 
@@ -130,15 +131,18 @@ def _chosen(
             msg = "a process_group was given together with a Transport, which has its own ranks"
             raise ConfigError(msg)
         return cast("Transport", transport)
-    name = transport.strip().lower()
+    name, _, shape = transport.strip().lower().partition(":")
     if name not in ("auto", "local", "collective", "ray"):
         msg = f"transport must be 'auto', 'local', 'collective', 'ray' or a Transport, given {transport!r}"
+        raise ConfigError(msg)
+    if shape not in ("", *(SHAPES if name == "collective" else ())):
+        msg = f"there is 'collective:tree' and 'collective:flat', but no such option as in transport={transport!r}"
         raise ConfigError(msg)
     if process_group is not None and name in ("local", "ray"):
         msg = f"a process_group was given together with transport={name!r}"
         raise ConfigError(msg)
     if name == "collective" or process_group is not None or (name == "auto" and _initialized_torch() is not None):
-        return _collective(timeout_s, warn_after_s, process_group)
+        return _collective(timeout_s, warn_after_s, process_group, shape or "auto")
     if name == "ray" or (name == "auto" and _in_ray_train()):
         return _ray(*given)
     if name == "auto":
@@ -158,7 +162,7 @@ def _initialized_torch() -> Any:
     return distributed
 
 
-def _collective(timeout_s: float, warn_after_s: float, process_group: object | None) -> Transport:
+def _collective(timeout_s: float, warn_after_s: float, process_group: object | None, shape: str) -> Transport:
     if _initialized_torch() is None:
         msg = (
             "transport='collective' needs an initialised process group: call "
@@ -167,7 +171,7 @@ def _collective(timeout_s: float, warn_after_s: float, process_group: object | N
         raise LaunchError(msg)
     from logsync.workers.transports.collective import CollectiveTransport  # noqa: PLC0415 - it loads torch
 
-    return CollectiveTransport(timeout_s=timeout_s, warn_after_s=warn_after_s, process_group=process_group)
+    return CollectiveTransport(timeout_s=timeout_s, warn_after_s=warn_after_s, process_group=process_group, shape=shape)
 
 
 def _in_ray_train() -> bool:

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from logsync.coordinator.errors import ForkedProcess, TransportError
+from logsync.coordinator.errors import ConfigMismatch, ForkedProcess, TransportError
 from logsync.workers import connect
+from logsync.workers.transports.notes import _connections
 from support.torchrun import wait_for
 
 CONNECTED: dict[str, Any] = {"sinks": [], "max_lease": 0}
@@ -52,16 +54,55 @@ def numbered(group: Any) -> int:
 
 
 def a_log_of_some_ranks() -> Any:
-    """Ranks 1 and 2 share a log; rank 0 does something else."""
+    """Ranks 1 and 2 share a log, and then another; rank 0 does something else, and rank 1 is in one group more."""
     members = dist.new_group([1, 2], backend="gloo")
     if dist.get_rank() == 0:
         return None
-    with connect(5, sinks=[], process_group=members) as log:
+    if dist.get_rank() == 1:
+        dist.new_group([1], backend="gloo", use_local_synchronization=True)
+    with connect(5, sinks=[], process_group=members, timeout=20) as log:
+        log.log_ready(0)
+    with connect(5, sinks=[], process_group=members, timeout=20) as log:
         for step in range(11):
             log.record({"who": float(dist.get_rank())}, reduce="last", across="sum")
             log.log_ready(step)
         assert log.last_entry is not None
         return log.rank, log.world_size, log.is_coordinator, log.last_entry.metrics
+
+
+def nodes_of_two_and_one() -> dict[str, str]:
+    rank = dist.get_rank()
+    return {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2" if rank < 2 else "1"}
+
+
+def connections_to_ranks() -> int:
+    """Return how many there are, without those to the store, and without sockets that only listen."""
+    others = (f":{int(os.environ['MASTER_PORT']):04X}", ":0000")
+    return sum(1 for _, end in _connections().values() if not end.endswith(others))
+
+
+def on_a_tree_ranks_are_connected_to_their_node_and_first_ranks_to_each_other() -> Any:
+    opened = {}
+    for shape in ("flat", "tree"):
+        with mock.patch.dict(os.environ, nodes_of_two_and_one()):
+            before = connections_to_ranks()
+            with connect(1, **CONNECTED, transport=f"collective:{shape}") as log:
+                opened[shape] = connections_to_ranks() - before
+                log.record({"who": float(dist.get_rank())}, reduce="sum")
+                log.log_ready(0)
+                assert log.last_entry is not None
+                assert log.last_entry.metrics == {"who": 3.0}
+    return opened
+
+
+def ways_to_the_root_that_differ_are_told_on_all_ranks() -> Any:
+    shape = "flat" if dist.get_rank() == 2 else "tree"
+    try:
+        connect(1, **CONNECTED, transport=f"collective:{shape}", timeout=60)
+    except ConfigMismatch as error:
+        said = error.ranks, str(error)
+    with connect(1, **CONNECTED) as log:
+        return *said, log.log_ready(0)
 
 
 def many_logs_and_rounds_cost_no_file_descriptors() -> Any:
@@ -169,6 +210,8 @@ def main() -> None:
     results = {
         "broadcasts": replies_are_broadcast_on_our_own_group(),
         "some_ranks": a_log_of_some_ranks(),
+        "connections": on_a_tree_ranks_are_connected_to_their_node_and_first_ranks_to_each_other(),
+        "ways": ways_to_the_root_that_differ_are_told_on_all_ranks(),
         "files": many_logs_and_rounds_cost_no_file_descriptors(),
         "fork": a_forked_child_is_refused(),
         "signals": signals_are_served_while_a_rank_waits(folder),

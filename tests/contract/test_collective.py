@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from logsync.workers.transports.collective import _setup_error
+from logsync.workers.transports.setup_error import setup_error
 from support.torchrun import Ran, torchrun
 
 
@@ -50,8 +50,19 @@ def test_no_collective_of_ours_is_on_the_default_group(job: Ran) -> None:
     assert [result["on_default"] for result in results(job, "broadcasts")] == [0, 0, 0]
 
 
-def test_a_process_group_gives_a_log_to_some_ranks(job: Ran) -> None:
+def test_a_process_group_gives_a_log_to_some_ranks_also_where_they_are_in_different_numbers_of_groups(job: Ran) -> None:
     assert results(job, "some_ranks") == [None, [0, 2, True, {"who": 3.0}], [1, 2, False, {"who": 3.0}]]
+
+
+def test_on_a_tree_a_rank_is_connected_to_its_node_and_a_nodes_first_rank_to_those_of_others(job: Ran) -> None:
+    assert [opened["flat"] for opened in results(job, "connections")] == [2, 2, 2]
+    assert [opened["tree"] for opened in results(job, "connections")] == [2, 1, 1]
+
+
+def test_ranks_that_connect_by_different_ways_are_told_at_once_and_can_connect_again(job: Ran) -> None:
+    for ranks, text, ready in results(job, "ways"):
+        assert (ranks, ready) == ([2], True)
+        assert "'flat' on rank 2, 'tree' on rank 0" in text
 
 
 def test_file_descriptors_do_not_grow_with_rounds_or_with_closed_logs(job: Ran) -> None:
@@ -103,7 +114,7 @@ def test_a_restarted_job_that_cannot_build_its_group_is_told_of_the_addresses_of
         monkeypatch.delenv(cure, raising=False)
         if own_store is not None:
             monkeypatch.setenv(cure, own_store)
-        return str(_setup_error(RuntimeError("Connection refused"), 3.0))
+        return str(setup_error(RuntimeError("Connection refused"), 3.0))
 
     assert f"{cure}=1" in said("1", None)
     assert f"{cure}=1" in said("2", "0")

@@ -13,7 +13,9 @@ WORLDS = {
     "local": (LocalWorld, [1]),
     "threads": (ThreadsWorld, [1, 2, 3]),
     "gloo": (GlooWorld, [2, 3]),
+    "tree": (GlooWorld, [5]),
 }
+NODES = [2, 1, 2]
 CASES = [
     pytest.param(
         transport,
@@ -43,11 +45,11 @@ SAME_EVERYWHERE = [
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[dict[tuple[str, int], World]]:
     made: dict[tuple[str, int], World] = {("local", 1): LocalWorld()}
-    made |= {("threads", size): ThreadsWorld(size) for size in (1, 2, 3)}
-    gloo = [GlooWorld(size) for size in (2, 3)]
-    made |= {("gloo", world.world_size): world for world in gloo}
+    made |= {("threads", size): ThreadsWorld(size) for size in (1, 2, 3, 5)}
+    gloo = {("gloo", size): GlooWorld(size) for size in (2, 3)} | {("tree", sum(NODES)): GlooWorld(sum(NODES), NODES)}
+    made |= gloo
     yield made
-    for world in gloo:
+    for world in gloo.values():
         world.close()
 
 
@@ -59,7 +61,8 @@ def test_the_transport_keeps_its_promise(
 
 
 @pytest.mark.parametrize(
-    ("size", "transport", "other"), [(1, "local", "threads"), *[(n, "threads", "gloo") for n in (2, 3)]]
+    ("size", "transport", "other"),
+    [(1, "local", "threads"), *[(n, "threads", "gloo") for n in (2, 3)], (5, "threads", "tree")],
 )
 @pytest.mark.parametrize("name", SAME_EVERYWHERE)
 def test_a_schedule_has_the_same_outcome_to_the_bit_on_every_transport(

@@ -76,3 +76,17 @@ def test_the_error_says_at_which_call_and_step_a_killed_rank_was_in_the_last_rou
         # Either its own last note, or the last round that it took part in.
         assert re.search(r"last heard of at call 25, step 24|round 25, the last one \(call 25, step 24 on", text), text
     this.release()
+
+
+@pytest.mark.parametrize(("victim", "error"), [(0, "CoordinatorLost"), (2, "PeerLost"), (3, "PeerLost")])
+def test_on_a_tree_of_nodes_a_killed_root_first_rank_of_a_node_and_rank_behind_one_free_all_others_at_once(
+    job: JobMaker, victim: int, error: str
+) -> None:
+    dice = drawn("killed on a tree")
+    this = job(size=5, timeout=20, nodes=[2, 2, 1])
+    this.deed(victim, "kill_soon", dice.randint(3, 30), seconds=dice.uniform(0, 0.02))
+    this.start()
+
+    this.assert_others_say(error, victim, at_once=True)
+    assert this.release() == {**dict.fromkeys(range(5), 0), victim: -9}
+    this.assert_logged_every_step()

@@ -108,3 +108,19 @@ def test_a_rank_slower_than_warn_after_is_named_by_the_lowest_waiting_rank_and_t
         assert this.events(quiet, "warning") == []
         assert this.release() == {0: 0, 1: 0, 2: 0}
         assert [entry["step"] for entry in this.entries()] == list(range(10))
+
+
+def test_on_a_tree_of_nodes_a_stopped_rank_is_named_by_those_of_other_nodes_too_and_fails_as_well(
+    job: JobMaker,
+) -> None:
+    victims = {2: job(size=5, nodes=[2, 2, 1]), 3: job(size=5, nodes=[2, 2, 1])}  # first on its node, and behind one
+    for victim, this in victims.items():
+        this.deed(victim, "stop", 10)
+        this.start()
+
+    for victim, this in victims.items():
+        this.assert_others_say("RoundTimeout", victim)
+        failure = this.failures([victim], this.signal(victim, signal.SIGCONT))[victim]
+        assert set(failure["ranks"]) <= {victim}, f"it blames another rank: {failure}"
+        assert this.release() == dict.fromkeys(range(5), 0)
+        this.assert_logged_every_step()

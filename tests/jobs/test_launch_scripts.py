@@ -288,5 +288,7 @@ def test_the_image_is_built_with_a_folder_for_every_package_before_there_is_code
     command = made.strip().removeprefix("&& ").removesuffix("\\")
     subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, check=True, timeout=30)
 
-    packages = {path.parent.relative_to(ROOT) for top in ("coordinator", "workers") for path in (ROOT / top).rglob("*.py")}
+    packages = {
+        path.parent.relative_to(ROOT) for top in ("coordinator", "workers") for path in (ROOT / top).rglob("*.py")
+    }
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_dir()} == packages

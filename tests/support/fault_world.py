@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from support.worlds import free_port
+from support.worlds import free_port, places
 
 __all__ = ["FaultJob", "JobMaker", "Nursery", "drawn"]
 
@@ -63,6 +63,7 @@ class FaultJob:
             `steps`.
         forgets: the epoch whose end a rank does not tell, by rank.
         network: the address of this process that ranks can reach, and each rank's network namespace and interface.
+        nodes: how many ranks are on each node, for frames that go through the nodes' first ranks.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class FaultJob:
         lengths: list[list[int]] | None = None,
         forgets: Mapping[int, int] | None = None,
         network: tuple[str, list[tuple[str, str]]] | None = None,
+        nodes: Sequence[int] = (),
     ) -> None:
         self.folder = folder
         self.size = size
@@ -88,6 +90,7 @@ class FaultJob:
         self._nursery = nursery
         self._deeds: dict[int, dict[str, Any]] = {}
         self._network = network
+        self._places = places(nodes) if nodes else [{"LOCAL_RANK": str(rank)} for rank in range(size)]
         host = network[0] if network else "127.0.0.1"
         self._environ = {"WORLD_SIZE": str(size), "MASTER_ADDR": host}
         self._store: Any = None
@@ -105,7 +108,8 @@ class FaultJob:
             "steps": steps,
             "lengths": lengths,
             "forgets": {str(rank): epoch for rank, epoch in (forgets or {}).items()},
-            "connect": {"timeout": timeout, "warn_after": 1.0, "sinks": ["jsonl"], "on_failure": on_failure},
+            "connect": {"timeout": timeout, "warn_after": 1.0, "sinks": ["jsonl"], "on_failure": on_failure}
+            | ({"transport": "collective:tree"} if nodes else {}),
         }
 
     def deed(self, rank: int, deed: str, moment: int, **more: Any) -> None:
@@ -117,7 +121,7 @@ class FaultJob:
         self.folder.mkdir(parents=True, exist_ok=True)
         for rank in range(self.size):
             namespace, interface = self._network[1][rank] if self._network else ("", "lo")
-            environ = {**self._environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": interface}
+            environ = {**self._environ, "RANK": str(rank), **self._places[rank], "GLOO_SOCKET_IFNAME": interface}
             idle = {"deed": "", "moment": -1}
             self._nursery.fork(
                 {**self._plan, "rank": rank, "environ": environ, "netns": namespace, **self._deeds.get(rank, idle)}

@@ -8,7 +8,6 @@ import random
 import struct
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import msgspec
 import torch
@@ -19,8 +18,9 @@ from logsync.coordinator.messages import LogEntry
 from logsync.coordinator.sinks.base import RunInfo
 from logsync.coordinator.sinks.jsonl import JsonlSink
 from logsync.workers.door import connect
-from logsync.workers.transports import collective
+from logsync.workers.transports import gloo
 from logsync.workers.transports.local import LocalTransport
+from logsync.workers.transports.nodes import flat, stages
 from logsync.workers.transports.notes import Note, Notes, dead_neighbours
 from logsync.workers.transports.postmortem import error_of_verdict, judge
 from support.bounds import assert_within_bounds
@@ -74,8 +74,9 @@ def _fill(tensor: Any, data: bytes) -> None:
 
 def _wire_of(group: Any, rank: int, world_size: int, root: Any = None) -> Any:
     """Return one rank's end of a group that torch does not know."""
-    with mock.patch.object(dist, "get_global_rank", lambda _, member: member):
-        return collective._Wire(group, rank, world_size, 1.0, root)
+    nodes = flat(world_size)
+    (stage,) = stages(nodes, rank)
+    return gloo.Wire([gloo.Way(stage, rank, group, 1.0)], nodes, 1.0, root)
 
 
 def _slot(length: int, word: bytes, body: bytes) -> bytes:
@@ -140,7 +141,7 @@ def check_reply_header(dice: Dice) -> None:
     with telling(head + text), frugal(3 * LARGEST_SLOT if sane else 0):
         outcome = wire.exchange(b"mine", patient=True)
         if not sane:
-            assert isinstance(outcome, collective._Broken), outcome
+            assert isinstance(outcome, gloo.Broken), outcome
             assert "header of the reply is corrupt" in outcome.detail
             wire.drop()
         elif status == 2:

@@ -25,7 +25,7 @@ def main() -> None:
     dist.init_process_group("gloo")
 
     def make_transport(timeout_s: float) -> CollectiveTransport:
-        return CollectiveTransport(timeout_s=timeout_s)
+        return CollectiveTransport(timeout_s=timeout_s, shape=sys.argv[1])
 
     for line in sys.stdin:
         member = Member(dist.get_rank(), dist.get_world_size(), make_transport)

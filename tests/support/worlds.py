@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from logsync.workers.transports.base import Transport
 from logsync.workers.transports.local import LocalTransport
 from logsync.workers.transports.threads import ThreadTransport, ThreadWorld
 
-__all__ = ["GlooWorld", "LocalWorld", "ThreadsWorld", "free_port"]
+__all__ = ["GlooWorld", "LocalWorld", "ThreadsWorld", "free_port", "places"]
 
 DEADLINE_S = 90.0
 
@@ -86,10 +87,13 @@ class GlooWorld:
 
     Args:
         world_size: how many processes.
+        nodes: how many of them are on each node, for frames that go through the nodes' first ranks.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, nodes: Sequence[int] = ()) -> None:
         self.world_size = world_size
+        self._places = places(nodes) if nodes else [{}] * world_size
+        self._shape = "tree" if nodes else "flat"
         self._members: list[subprocess.Popen[bytes]] = []
         self._answers: list[queue.Queue[bytes]] = []
 
@@ -136,6 +140,7 @@ class GlooWorld:
                 **os.environ,
                 "RANK": str(rank),
                 "WORLD_SIZE": str(self.world_size),
+                **self._places[rank],
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "GLOO_SOCKET_IFNAME": "lo",
@@ -145,7 +150,10 @@ class GlooWorld:
                 "RES_OPTIONS": "timeout:1 attempts:1",
             }
             member = subprocess.Popen(
-                [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=surroundings
+                [sys.executable, str(script), self._shape],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=surroundings,
             )
             answers: queue.Queue[bytes] = queue.Queue()
             threading.Thread(target=_read_answers, args=(member, answers), daemon=True).start()
@@ -164,6 +172,11 @@ def _read_answers(member: subprocess.Popen[bytes], answers: queue.Queue[bytes]) 
     assert member.stdout is not None
     while head := member.stdout.read(8):
         answers.put(member.stdout.read(int.from_bytes(head, "little")))
+
+
+def places(nodes: Sequence[int]) -> list[dict[str, str]]:
+    """Return what a launcher tells each rank about its place, given how many are on each node."""
+    return [{"LOCAL_RANK": str(at), "LOCAL_WORLD_SIZE": str(size)} for size in nodes for at in range(size)]
 
 
 def free_port() -> int:

@@ -148,6 +148,12 @@ def test_an_unknown_transport_is_refused_with_those_there_are(transport: object)
         choose(transport)
 
 
+@pytest.mark.parametrize("transport", ["collective:ring", "local:tree", "auto:flat", "ray:tree"])
+def test_an_option_that_a_transport_does_not_have_is_refused_with_those_there_are(transport: str) -> None:
+    with pytest.raises(ConfigError, match=r"'collective:tree' and 'collective:flat'.*" + transport):
+        choose(transport)
+
+
 def test_a_transport_of_ones_own_is_used_as_it_is() -> None:
     transport = ThreadWorld(3).transports[2]
 

@@ -112,7 +112,7 @@ def test_every_deciding_module_has_its_rule() -> None:
 
 
 # The collective transport, and what it alone loads; and that of Ray.
-COLLECTIVE = {f"{RANKS}.transports.collective"}
+COLLECTIVE = {f"{RANKS}.transports.collective", f"{RANKS}.transports.gloo"}
 RAY = {f"{RANKS}.transports.ray_actor"}
 # The command line's trial of the ranks has no script that would make their process group.
 TRIAL = {f"{RANKS}.cli.roundtrip"}
