@@ -7,8 +7,9 @@ merged and encoded; the time is the median of a few rounds, the memory is the pe
 there before. Growth is the exponent from the size above: 1 is linear.
 
 Beside it the system calls of a message are timed: a root that reads a frame from each of many local sockets, and
-writes a reply to each. What follows for large jobs is computed from these figures, at steps of --step-ms, a log every
-50 steps, and a root whose link carries --gbit. A network's latency, and waiting for the slowest rank, are not in it.
+writes a reply to each; or, on a tree, one that gets the frames of a node's ranks as one message from the node's first.
+What follows for large jobs is computed from these figures, at steps of --step-ms, a log every 50 steps, and a root whose
+link carries --gbit. A network's latency, and waiting for the slowest rank, are not in it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ METRICS = 32
 EVERY = 50
 AIM_S = 1.0  # for the largest world
 SOCKETS = 128
+PER_NODE = 8
 SIZES = (16, 64, 256, 1024, 4096, 16384)
 
 
@@ -164,33 +166,44 @@ def reason(found: dict[int, Round], gbit: float, step_ms: float) -> None:
     cost = found[largest]
     frame, reply = cost.received // largest, max(one.reply for one in found.values())
     byte_s = 8 / (gbit * 1e9)
-    per_rank = {
-        "deciding": cost.seconds / largest,
-        "reading": message_s(frame)[0],
-        "writing": message_s(reply)[1],  # to each by the root, at worst: a broadcast's tree shares that
-        "the link": (frame + reply) * byte_s,
-    }
     interval_s = EVERY * step_ms / 1000
     print(
         f"\nat {largest} ranks; a message of {frame} bytes in, of {reply} bytes out; steps of {step_ms:g} ms, a log "
         f"every {interval_s:g} s, {gbit:g} Gbit/s:"
     )
+    parts = ("deciding", "reading", "writing", "the link")
     print(
-        f"{'ranks':>6} {' '.join(f'{part:>10}' for part in per_rank)} {'a round':>10} {'leased':>8} {'every call':>11}"
+        f"{'ranks':>6} {'to the root':>15} {'sockets':>8} {' '.join(f'{part:>9}' for part in parts)} {'a round':>9} "
+        f"{'leased':>7} {'every call':>11}"
     )
-    for size in (1_000, 10_000):
-        parts = " ".join(f"{f'{1e3 * size * seconds:.1f} ms':>10}" for seconds in per_rank.values())
-        whole = size * sum(per_rank.values())
-        share = whole / interval_s
-        print(f"{size:>6} {parts} {f'{1e3 * whole:.1f} ms':>10} {share:>8.2%} {EVERY * share:>11.1%}")
-    first = max(per_rank, key=lambda part: per_rank[part])
-    most = interval_s / sum(per_rank.values())
+    costs: dict[str, dict[str, float]] = {}
+    for how, each in (("directly", 1), (f"by nodes of {PER_NODE}", PER_NODE)):
+        reading, _ = message_s(each * frame)
+        _, writing = message_s(reply)  # to each by the root, at worst: a broadcast's tree shares that
+        costs[how] = {
+            "deciding": cost.seconds / largest,
+            "reading": reading / each,
+            "writing": writing / each,
+            "the link": (frame + reply / each) * byte_s,
+        }
+        for size in (1_000, 10_000):
+            columns = " ".join(f"{f'{1e3 * size * costs[how][part]:.1f} ms':>9}" for part in parts)
+            whole = size * sum(costs[how].values())
+            share = whole / interval_s
+            sockets = size - 1 if each == 1 else size // each - 1 + each - 1
+            print(
+                f"{size:>6} {how:>15} {sockets:>8} {columns} {f'{1e3 * whole:.1f} ms':>9} {share:>7.2%} "
+                f"{EVERY * share:>11.1%}"
+            )
+    for how, of_rank in costs.items():
+        first = max(of_rank, key=of_rank.__getitem__)
+        most = interval_s / sum(of_rank.values())
+        print(
+            f"{how}: what saturates first is {first}. The root is busy with nothing else at {most:,.0f} ranks with a "
+            f"lease, which makes one round of {EVERY} calls, and at {most / EVERY:,.0f} with a round at every call."
+        )
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    print(
-        f"Of the time, what saturates first is {first}: the root is busy with nothing else at {most:,.0f} ranks with a "
-        f"lease, which makes one round of {EVERY} calls, and at {most / EVERY:,.0f} with a round at every call. A "
-        f"socket to every rank: this machine allows a process {files:,} open files."
-    )
+    print(f"this machine allows a process {files:,} open files; directly, every rank needs as many as there are ranks")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _EXACT = 2**53
+_tensor_kind: set[type] = set()  # torch.Tensor, once there has been one
 
 
 def local_tensor(name: str, value: object) -> Tensor | None:
@@ -121,12 +122,20 @@ def quick_float(value: Any) -> float | None:
     None for everything else, right or wrong: `local_tensor` and `plain_number` tell which. Parameters, DTensors and
     other subclasses are among the rest.
     """
-    if type(value) is int:
+    kind = type(value)
+    if kind is int:
         return float(value) if -_EXACT <= value <= _EXACT else None
-    torch = sys.modules.get("torch")
-    if torch is None or type(value) is not torch.Tensor or not value.is_cpu or not value.is_floating_point():
+    if kind not in _tensor_kind:
+        torch = sys.modules.get("torch")
+        if torch is None or kind is not torch.Tensor:
+            return None
+        _tensor_kind.add(kind)
+    try:
+        # After a step of training the caches are cold, and each question to a tensor costs microseconds: no more of them.
+        number = value.item() if value.is_cpu else None
+    except RuntimeError:  # not one element
         return None
-    return float(value.item()) if value.numel() == 1 else None
+    return number if type(number) is float else None
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -53,7 +53,12 @@ def test_bench_scale_measures_every_world_and_reasons_from_that(tmp_path: Path) 
     rows = re.findall(r"^ *(\d+) +(\d+\.\d+) +\d+\.\d+ .*\d+\.\d+$", job.output, re.MULTILINE)
     assert [int(ranks) for ranks, _ in rows] == [16, 64, 256], job.output
     assert all(float(ms) > 0 for _, ms in rows)
-    large = re.findall(r"^ *(10?000) .* (\d+\.\d)% *$", job.output, re.MULTILINE)
-    assert [ranks for ranks, _ in large] == ["1000", "10000"], job.output
-    assert float(large[1][1]) > float(large[0][1])
-    assert re.search(r"saturates first is (deciding|reading|writing|the link):", job.output), job.output
+    large = re.findall(r"^ *(10?000) +(directly|by nodes of 8) +(\d+) .* (\d+\.\d)% *$", job.output, re.MULTILINE)
+    assert [row[:3] for row in large] == [
+        ("1000", "directly", "999"),
+        ("10000", "directly", "9999"),
+        ("1000", "by nodes of 8", "131"),
+        ("10000", "by nodes of 8", "1256"),
+    ], job.output
+    assert float(large[1][3]) > float(large[0][3])
+    assert len(re.findall(r"saturates first is (deciding|reading|writing|the link)\.", job.output)) == 2, job.output
