@@ -8,8 +8,8 @@ there before. Growth is the exponent from the size above: 1 is linear.
 
 Beside it the system calls of a message are timed: a root that reads a frame from each of many local sockets, and
 writes a reply to each; or, on a tree, one that gets the frames of a node's ranks as one message from the node's first.
-What follows for large jobs is computed from these figures, at steps of --step-ms, a log every 50 steps, and a root whose
-link carries --gbit. A network's latency, and waiting for the slowest rank, are not in it.
+What follows for large jobs is computed from these figures, at steps of --step-ms, a log every 50 steps, and a root
+whose link carries --gbit. A network's latency, and waiting for the slowest rank, are not in it.
 """
 
 from __future__ import annotations

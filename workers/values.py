@@ -131,7 +131,7 @@ def quick_float(value: Any) -> float | None:
             return None
         _tensor_kind.add(kind)
     try:
-        # After a step of training the caches are cold, and each question to a tensor costs microseconds: no more of them.
+        # A step of training leaves the caches cold: each question to a tensor costs microseconds then.
         number = value.item() if value.is_cpu else None
     except RuntimeError:  # not one element
         return None
