@@ -12,15 +12,20 @@ from logsync.coordinator.errors import ProtocolError, ReductionMismatch, printab
 from logsync.coordinator.messages import Window
 from logsync.coordinator.reduction import Merged, Partials
 
-__all__ = ["LATE", "MOST_REMEMBERED", "Followed", "kept", "merge", "remembered"]
+__all__ = ["LATE", "MOST_REMEMBERED", "MOST_WAITING", "MOST_WAITING_BYTES", "Followed", "kept", "merge", "remembered"]
 
 LATE = "logsync/late_windows"
 """The metric that says how many followers' windows in an entry were too late for the entry before; absent if none."""
 
 MOST_REMEMBERED = 256
-"""Followers whose windows are known to be merged, so that one that is sent again is not merged twice."""
+"""Followers whose windows are known to be merged, so that one that is sent again is not merged twice; more only where
+the newest entry has windows of more."""
 
-_MOST_BYTES = 2**21  # of windows that wait for an entry: with what spread makes of them, a reply takes that
+MOST_WAITING = 4096
+"""Windows that wait for an entry."""
+
+MOST_WAITING_BYTES = 2**21
+"""The size of their windows; with what spread makes of them, a reply takes that."""
 
 
 class Followed(NamedTuple):
@@ -41,6 +46,11 @@ class Followed(NamedTuple):
     window: Window
     late: bool = False
 
+    @property
+    def size(self) -> int:
+        """The bytes of the window."""
+        return len(self.window.schema) + len(self.window.values)
+
 
 def kept(
     waiting: tuple[Followed, ...], came: Iterable[Followed], merged: Mapping[str, int]
@@ -51,17 +61,16 @@ def kept(
         merged: the number of the last window of each follower that is in an entry.
     """
     found = {(w.follower, w.number): w for w in waiting}
-    size = sum(map(_size, waiting))
+    size = sum(window.size for window in waiting)
     refused: list[Followed] = []
     for window in came:
         key = (window.follower, window.number)
         if key in found or window.number <= merged.get(window.follower, -1):
             continue
-        size += _size(window)
-        if size > _MOST_BYTES:
-            size -= _size(window)
+        if size + window.size > MOST_WAITING_BYTES or len(found) >= MOST_WAITING:
             refused.append(window)
         else:
+            size += window.size
             found[key] = window
     return tuple(found.values()), refused
 
@@ -69,10 +78,13 @@ def kept(
 def remembered(merged: Mapping[str, int], windows: Iterable[Followed]) -> dict[str, int]:
     """Return `merged` after an entry took `windows`, without the followers of which nothing was heard for longest."""
     now = dict(merged)
+    newest: set[str] = set()
     for window in windows:
-        newest = max(window.number, now.pop(window.follower, -1))
-        now[window.follower] = newest  # last: it was heard of just now
-    return dict(list(now.items())[-MOST_REMEMBERED:])
+        number = max(window.number, now.pop(window.follower, -1))
+        now[window.follower] = number  # last: it was heard of just now
+        newest.add(window.follower)
+    # Those of this entry may all ask again, where the coordinator is lost before they were answered.
+    return dict(list(now.items())[-max(MOST_REMEMBERED, len(newest)) :])
 
 
 def merge(partials: Partials, followed: Iterable[Followed], world_size: int, notices: list[str]) -> Merged:
@@ -108,7 +120,3 @@ def merge(partials: Partials, followed: Iterable[Followed], world_size: int, not
     if late:
         merged.metrics.setdefault(LATE, float(late))
     return merged
-
-
-def _size(followed: Followed) -> int:
-    return len(followed.window.schema) + len(followed.window.values)

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from logsync.coordinator.core import Coordinator
 from logsync.coordinator.errors import AgreedError, ConfigMismatch, ProtocolError, printable
-from logsync.coordinator.followers import MOST_REMEMBERED
+from logsync.coordinator.followers import MOST_WAITING
 from logsync.coordinator.messages import (
     INT64_MAX,
     NewEpoch,
@@ -52,7 +52,7 @@ class _Memory(msgspec.Struct, frozen=True, array_like=True):
     rhythms: Annotated[tuple[Rhythm, ...], Meta(max_length=8)]
     steps: Annotated[dict[_Count, _Step], Meta(max_length=_MOST_RANKS)]
     hosts: Annotated[dict[_Count, _Word], Meta(max_length=_MOST_RANKS)]
-    merged: Annotated[dict[_Word, _Count], Meta(max_length=MOST_REMEMBERED)]
+    merged: Annotated[dict[_Word, _Count], Meta(max_length=MOST_WAITING)]
 
 
 _Value = TypeVar("_Value")

@@ -335,7 +335,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, help="write the table as a picture, too")
     parser.add_argument("--ranks-write-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.plan = [Pace(5.0, 10, 3, 100), Pace(50.0, 2, 2, 50)]
+    args.plan = [Pace(5.0, 12, 2, 100), Pace(50.0, 2, 1, 50)]
     if args.quick:
         args.ranks, args.plan = [2], [Pace(2.0, 1, 1, EVERY)]
     return args

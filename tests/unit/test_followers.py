@@ -151,8 +151,7 @@ def test_a_round_that_fails_leaves_windows_for_the_next_entry(world: World, monk
 
 def test_what_waits_is_bounded_and_what_there_is_no_room_for_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     one = followed()
-    size = len(one.window.schema) + len(one.window.values)
-    monkeypatch.setattr("logsync.coordinator.followers._MOST_BYTES", 2 * size)
+    monkeypatch.setattr("logsync.coordinator.followers.MOST_WAITING_BYTES", 2 * one.size)
 
     waiting, refused = kept((), [followed(number) for number in range(5)], {})
 
@@ -168,3 +167,23 @@ def test_of_too_many_followers_those_heard_of_last_are_remembered() -> None:
     assert "old" not in remembered(merged, [followed(0, follower="new")])
     assert merged["0"] == 5
     assert len(merged) == MOST_REMEMBERED
+
+
+def test_what_waits_is_so_many_windows_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logsync.coordinator.followers.MOST_WAITING", 3)
+
+    waiting, refused = kept((followed(0),), [followed(number) for number in range(5)], {})
+
+    assert [window.number for window in waiting] == [0, 1, 2]
+    assert [window.number for window in refused] == [3, 4]
+
+
+def test_of_however_many_followers_an_entry_has_windows_none_is_merged_again_after_a_recovery(world: World) -> None:
+    many = [followed(reduce="sum", follower=str(number), made=1.0) for number in range(MOST_REMEMBERED + 50)]
+    world.coordinator.follow(many)
+    assert world.log().metrics == {"made": float(len(many))}
+
+    world.coordinator = recall(remember(world.coordinator), world.coordinator._settings, 2)
+    world.coordinator.follow(many)
+
+    assert world.log().metrics == {}

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import msgspec
+
 from logsync.coordinator.errors import (
     CoordinatorLost,
     FrameTooLarge,
@@ -166,8 +168,10 @@ class RankSession:
         self._unsaid = None
         if answer.kind == "error":
             error = error_of(answer)
-            if isinstance(error, FrameTooLarge):
-                self.held = _next(self.held)
+            if isinstance(error, FrameTooLarge):  # no reply, but a turn
+                self.held = msgspec.structs.replace(
+                    self.held, turn=self.held.turn + 1, refused=answer.error, culprits=answer.ranks
+                )
                 self.entry_seq = -1
             else:
                 self._lost = error
@@ -318,17 +322,11 @@ class RankSession:
             self._warn_after_s,
             None
             if held.turn == 0
-            else Held(
-                held.run,
-                held.turn,
-                held.reply,
-                held.memory,
-                tuple(reply for _, reply in tuple(self._kept)),
-                held.durable_seq,
-                held.next_seq,
-                held.entries_made,
-                dict(self._notes),
-                self._released,
+            else msgspec.structs.replace(
+                held,
+                entries=tuple(reply for _, reply in tuple(self._kept)),
+                notes=dict(self._notes),
+                released=self._released,
             ),
         )
 
@@ -423,12 +421,6 @@ class RankSession:
 
 def _same(ask: Ask) -> Ask:
     return ask
-
-
-def _next(held: Held) -> Held:
-    return Held(
-        held.run, held.turn + 1, held.reply, held.memory, (), held.durable_seq, held.next_seq, held.entries_made
-    )
 
 
 def _deadline(seconds: float) -> Callable[[], None]:

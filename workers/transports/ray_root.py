@@ -44,7 +44,7 @@ __all__ = ["RootServer"]
 _logger = logging.getLogger(__name__)
 
 _POLL_S = 10.0  # how long a poll is left open at most
-_SILENCE_S = 45.0  # without any sign of life from anybody, the job is over
+_SILENCE_S = 45.0  # without any sign of life from anybody, the job may be over
 _LINGER_S = 5.0  # how long an actor that nobody uses waits for the next log of its name
 _GRACE_S = 15.0  # how long one that takes the place of another waits for those that knew it
 _CHALLENGE_S = 3.0  # how long a rank has to show that it lives
@@ -73,6 +73,7 @@ class RootServer:
         self._following = 0  # calls of followers that are not answered yet
         self._watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: dict[str, asyncio.Task[None]] = {}  # by run
 
     @property
     def was_asked(self) -> bool:
@@ -143,7 +144,7 @@ class RootServer:
             raise ProtocolError(msg)
         if ask.job != self._job:  # a name that another job's actor has, which the ranks of this one will replace
             return Answer(self.incarnation, "stranger")
-        Partials().add_windows([(0, ask.window)])  # refused here, it harms nobody's round
+        await asyncio.to_thread(Partials().add_windows, [(0, ask.window)])  # refused here, it harms nobody's round
         self._following += 1
         try:
             until = time.monotonic() + (0 if ask.closing else _POLL_S)
@@ -166,6 +167,8 @@ class RootServer:
                 msg = f"rank {ask.rank} is outside a world of {ask.world_size}"
                 raise LaunchError(msg, ranks=(ask.rank,))
             if ask.held is not None:
+                if ask.held.run in self._closing:  # its files are still open
+                    await asyncio.wait([self._closing[ask.held.run]])
                 run = self._run_of(ask, ask.held.run)
             else:
                 async with self._joining:
@@ -185,7 +188,7 @@ class RootServer:
         run = self._current
         if run is not None and run.key != key and not run.turn and not run.is_over:
             # A newcomer was here first; it belongs to the run that is remembered, whose others may still come.
-            run.dissolve()
+            run.dissolve("this run never began")
             for session in [s for s, (r, _) in self._sessions.items() if r is run]:
                 del self._sessions[session]
             run = self._current = None
@@ -298,14 +301,22 @@ class RootServer:
         return idle_since
 
     def _forget(self, runs: dict[str, Run], now: float) -> None:
-        """Close the runs of which nothing has been heard for long."""
+        """Close the files of the runs of which nothing has been heard for long; ranks that live bring theirs back."""
         for key, run in runs.items():
             members = [member for r, member in self._sessions.values() if r is run]
             if all(now - member.seen >= _SILENCE_S for member in members) and not self._stays:
-                _logger.warning("nothing was heard of any rank for %.0f s: the log is closed", _SILENCE_S)
-                run.lose(CoordinatorLost(f"nothing was heard of any rank for {_SILENCE_S:.0f} s"))
-                task = asyncio.create_task(run.close())
+                said = f"nothing was heard of any rank for {_SILENCE_S:.0f} s"
+                _logger.warning("%s: the log's files are closed", said)
+                run.dissolve(said)
+                if self._current is run:
+                    self._current = None
+                task = asyncio.create_task(run.close(), name=key)
+                self._closing[key] = task
                 self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                for session in [s for s, (r, _) in self._sessions.items() if r.key == key]:
+                task.add_done_callback(self._closed)
+                for session in [s for s, (r, _) in self._sessions.items() if r is run]:
                     del self._sessions[session]
+
+    def _closed(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._closing.pop(task.get_name(), None)

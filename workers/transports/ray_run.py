@@ -23,7 +23,7 @@ from logsync.coordinator.errors import (
     TransportError,
     printable,
 )
-from logsync.coordinator.followers import Followed
+from logsync.coordinator.followers import MOST_WAITING, MOST_WAITING_BYTES, Followed
 from logsync.coordinator.messages import MAX_FRAME, LogEntry, decode_decision
 from logsync.workers.hosting import Hosted, Plan, Recovered, Standing
 from logsync.workers.transports.notes import ranks_text
@@ -44,8 +44,8 @@ __all__ = ["Member", "Run"]
 
 _logger = logging.getLogger(__name__)
 
-_MOST_FOLLOWED = 4096  # windows of followers that wait for a turn
 _HIGHEST_RANK = 2**20 - 1
+_MOST_NOTICES = 16  # for a rank to print, that wait for its next poll
 _QUICK_BYTES = 2**18  # frames of a round that are decided in a moment
 
 T = TypeVar("T")
@@ -119,7 +119,8 @@ class Run:
         self._entries: dict[int, LogEntry] = {}
         self._notes: dict[int, dict[str, float]] = {}
         self._released = -1
-        self._followers: dict[str, int] = {}  # by session, in order of coming
+        self._followers: dict[str, int] = {}  # what each counts as, by session; heard of last, last
+        self._followers_seen = 0
         self._followed: dict[tuple[str, int], Followed] = {}  # windows for the next turn
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._entry_reply = b""  # the last one that has an entry
@@ -174,6 +175,9 @@ class Run:
         self._memory = held.memory
         self._standing = Standing(held.memory, -1, held.durable_seq, held.next_seq, held.entries_made)
         self.turn = held.turn - 1
+        if held.refused:
+            self._finish(failed(self._incarnation, FrameTooLarge(held.refused, ranks=held.culprits), self.turn))
+            return
         last = decode_decision(held.reply).entry
         seq = -1 if last is None else last.seq
         self._finish(msgspec.structs.replace(self._answer(held.reply), entry_seq=seq))
@@ -324,22 +328,40 @@ class Run:
     async def follow(self, ask: Follow) -> Answer:
         """Take in a follower's window, and wait for an entry that it has not heard of, or for the end of the run."""
         made = ask.made if ask.run == self.key else self._standing.entries_made
-        rank = self._followers.setdefault(ask.session, len(self._followers))
+        counts_as = self._counts_as(ask.session)
         if ask.window.schema:
             late = self._standing.entries_made > made
-            counts_as = min(self.world_size + rank, _HIGHEST_RANK)
-            self._followed[ask.session, ask.number] = Followed(
-                ask.session, ask.number, counts_as, ask.who, ask.window, late
-            )
-            while len(self._followed) > _MOST_FOLLOWED:
-                lost = self._followed.pop(next(iter(self._followed)))
-                _logger.warning("a window of follower %s is lost: too many wait for a round", lost.who)
+            window = Followed(ask.session, ask.number, counts_as, ask.who, ask.window, late)
+            self._followed[ask.session, ask.number] = window
+            waiting = sum(one.size for one in self._followed.values())
+            if waiting > MOST_WAITING_BYTES or len(self._followed) > MOST_WAITING:
+                del self._followed[ask.session, ask.number]
+                text = f"a window of follower {ask.who} is lost: {len(self._followed)} wait for a round already"
+                self._voice(text)
         while not ask.closing and not self.is_over and (self._standing.entries_made <= made or not self._entry_reply):
             await asyncio.shield(self._news)
         made_now = self._standing.entries_made
         if ask.closing or made_now <= made or not self._entry_reply:
             return Answer(self._incarnation, "again", run=self.key)
         return Answer(self._incarnation, "reply", body=self._entry_reply, run=self.key, entries_made=made_now)
+
+    def _counts_as(self, session: str) -> int:
+        """Return the rank that stands for a follower where an entry names one."""
+        rank = self._followers.pop(session, None)
+        if rank is None:
+            rank = min(self.world_size + self._followers_seen, _HIGHEST_RANK)
+            self._followers_seen += 1
+        self._followers[session] = rank
+        if len(self._followers) > MOST_WAITING:  # one that comes again counts as another
+            del self._followers[next(iter(self._followers))]
+        return rank
+
+    def _voice(self, text: str) -> None:
+        """Have the lowest rank that is here say something."""
+        _logger.warning("%s", text)
+        voice = self.members.get(min(self.members, default=0))
+        if voice is not None and len(voice.notices) < _MOST_NOTICES:
+            voice.notices.append(text)
 
     def _tell_followers(self) -> None:
         news, self._news = self._news, asyncio.get_running_loop().create_future()
@@ -394,9 +416,9 @@ class Run:
             if not self._outcome.done():
                 self._outcome.set_result(failed(self._incarnation, error, self.turn))
 
-    def dissolve(self) -> None:
-        """Send the ranks that wait for the first turn away, to join another run."""
-        self.lost = CoordinatorLost("this run never began")
+    def dissolve(self, why: str) -> None:
+        """Send the ranks that wait away, to come again: to another run, or with what they know of this one."""
+        self.lost = CoordinatorLost(why)
         self._tell_followers()
         if not self._outcome.done():
             self._outcome.set_result(Answer(self._incarnation, "stranger"))

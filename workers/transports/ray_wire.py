@@ -81,6 +81,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
         durable_seq, next_seq, entries_made: as the last answer said.
         notes: rank 0's annotations of those entries, by `seq`.
         released: the last `seq` that rank 0 has handed over.
+        refused, culprits: why the last exchange was refused for all, and of which ranks; then `reply` is older.
     """
 
     run: _Id
@@ -93,6 +94,8 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     entries_made: _Natural = 0
     notes: Annotated[dict[_Natural, _Notes], Meta(max_length=KEPT)] = {}
     released: _Seq = -1
+    refused: _Text = ""
+    culprits: Annotated[tuple[_Rank, ...], Meta(max_length=64)] = ()
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
