@@ -56,6 +56,7 @@ train_digits.main()
 """
 
 
+@pytest.mark.slow  # restarts in general are those of tests/faults/test_kill_and_resume.py
 def test_digits_go_on_from_their_checkpoint_when_torchrun_restarts_them(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED_IN_THE_SECOND_EPOCH)
