@@ -6,7 +6,7 @@ Pure: no clock, thread, file or environment; the same frames give the same bytes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -223,6 +223,11 @@ class Coordinator:
             text = f"the coordinator failed in round {number}: {type(error).__name__}: {error}"
             return self._rejected(moment, number, CoordinatorFailed(text), over), ()
         return reply, () if decision.entry is None else (decision.entry,)
+
+    @property
+    def merged(self) -> Mapping[str, int]:
+        """The number of each follower's last window that is in an entry; not changed afterwards."""
+        return self._merged
 
     def follow(self, windows: Sequence[Followed]) -> list[Followed]:
         """Keep followers' windows for the next entry; return those that there is no room for."""

@@ -50,6 +50,7 @@ class _Memory(msgspec.Struct, frozen=True, array_like=True):
     missed: _Count
     unanswered: _Count
     rhythms: Annotated[tuple[Rhythm, ...], Meta(max_length=8)]
+    first_of_epoch: Annotated[int, Meta(ge=-1, le=2**62)]
     steps: Annotated[dict[_Count, _Step], Meta(max_length=_MOST_RANKS)]
     hosts: Annotated[dict[_Count, _Word], Meta(max_length=_MOST_RANKS)]
     merged: Annotated[dict[_Word, _Count], Meta(max_length=MOST_WAITING)]
@@ -76,6 +77,7 @@ def remember(coordinator: Coordinator) -> bytes:
             missed=c._missed,  # noqa: SLF001
             unanswered=c._unanswered,  # noqa: SLF001
             rhythms=c._cadence.snapshot(),  # noqa: SLF001
+            first_of_epoch=c._first_of_epoch,  # noqa: SLF001
             steps=_few(c._steps),  # noqa: SLF001
             hosts=_few(c._hosts),  # noqa: SLF001
             merged=c._merged,  # noqa: SLF001
@@ -119,6 +121,7 @@ def recall(data: bytes, settings: Settings, world_size: int, *, keep_run_dir: bo
     c._missed = found.missed  # noqa: SLF001
     c._unanswered = found.unanswered  # noqa: SLF001
     c._cadence.restore(found.rhythms)  # noqa: SLF001
+    c._first_of_epoch = found.first_of_epoch  # noqa: SLF001
     c._steps = dict(found.steps)  # noqa: SLF001
     c._hosts = dict(found.hosts)  # noqa: SLF001
     c._merged = dict(found.merged)  # noqa: SLF001

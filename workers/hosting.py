@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -80,6 +81,7 @@ class Standing(NamedTuple):
     durable_seq: int = -1
     next_seq: int = 0
     entries_made: int = 0
+    merged: Mapping[str, int] = MappingProxyType({})  # the number of each follower's last window that is in an entry
 
 
 class Recovered(NamedTuple):
@@ -249,6 +251,7 @@ class _HostedHost:
             host.durable_seq,
             coordinator.next_seq,
             host.entries_made,
+            coordinator.merged,
         )
 
     def readmit(self, rank: int, hello: bytes) -> bytes:

@@ -397,3 +397,31 @@ def test_windows_of_followers_that_wait_are_bounded_and_what_is_lost_is_said(
         assert len(following_of(cluster)) <= 3
 
     assert caplog.text.count("a window of follower a follower is lost: 3 wait for a round already") >= 3
+
+
+def test_a_window_that_was_too_late_for_its_entry_is_in_the_next_although_the_actor_dies_between(
+    cluster: Cluster,
+) -> None:
+    made: list[float] = []
+    with RigTransport(cluster, 0, 1).log() as log:
+        follower = cluster.follower("f")
+        following: Any = follower._following
+        until(lambda: following_of(cluster))
+        log.log_ready(0)
+        until(lambda: following.has_news)
+        log.log_ready(1)  # while the follower is busy: what comes now is late
+        follower.record({"made": 5.0}, reduce="sum")
+        assert follower.log_ready()
+        until(lambda: following.has_news)  # of the entry that it missed
+        cluster.restart()
+        follower.record({"made": 2.0}, reduce="sum")
+        assert follower.log_ready()
+        for step in range(2, 6):
+            log.log_ready(step)
+            assert log.last_entry is not None
+            made.append(log.last_entry.metrics.get("f/made", 0.0))
+            if step == 2:  # the next actor knows the run now
+                until(lambda: following.asked >= 3 and (sum(made) or cluster.actor.server._current._followed))
+        follower.close()
+
+    assert sum(made) == 7.0

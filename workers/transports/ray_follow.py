@@ -15,7 +15,7 @@ from typing import Protocol
 from logsync.coordinator.errors import LogsyncError, printable
 from logsync.coordinator.messages import Window
 from logsync.workers.transports.ray_member import LineBroken
-from logsync.workers.transports.ray_wire import WIRE, Answer, Follow, decode_answer, encode
+from logsync.workers.transports.ray_wire import EARLIER, WIRE, Answer, Follow, decode_answer, encode
 
 __all__ = ["FollowSession", "FollowerLine"]
 
@@ -67,6 +67,8 @@ class FollowSession:
         self._made = 0
         self._number = 0
         self._window = Window()
+        self._unsettled: dict[int, Window] = {}  # by number, those that arrived and may be in no entry yet
+        self._again = False  # the actor that they arrived at may be gone
         self._found = False
         self._reached = False  # the actor was found once
         self._taking: Callable[[], Window] | None = None
@@ -102,7 +104,7 @@ class FollowSession:
             while not self._closed.is_set():
                 answer = self._told(closing=False)
                 if answer is not None and answer.kind == "reply":
-                    self._window = Window()
+                    self._settle(answer)
                     self._run, self._made, self.reply = answer.run, answer.entries_made, answer.body
                     self._handed.clear()
                     if self._closed.is_set():  # since before that
@@ -114,6 +116,18 @@ class FollowSession:
             self._say_goodbye()
         except Exception:  # e.g. the interpreter is being torn down
             _logger.debug("the follower's thread ended", exc_info=True)
+
+    def _settle(self, answer: Answer) -> None:
+        """Keep the window that has arrived until it is in an entry, which for one that was late takes another log."""
+        if answer.run != self._run:
+            self._unsettled.clear()
+        if self._window.schema:
+            self._unsettled[self._number] = self._window
+        self._window = Window()
+        for number in [n for n in self._unsettled if n <= answer.merged]:
+            del self._unsettled[number]
+        while len(self._unsettled) > EARLIER:
+            del self._unsettled[next(iter(self._unsettled))]
 
     def _take(self, taking: Callable[[], Window] | None) -> None:
         """Make the next window of what was handed over."""
@@ -146,6 +160,7 @@ class FollowSession:
                 if closing and not self._reached:  # there is no log: why should there be one now
                     return None
                 self._found = False
+                self._again = True
                 _logger.debug("follower %s does not reach the coordinator's actor: %s", self._who, error)
                 self._pause(_PAUSE_S if not closing else _SLICE_S)
                 continue
@@ -157,6 +172,7 @@ class FollowSession:
                 self._found = False
                 self._pause(_PAUSE_S if not closing else _SLICE_S)
                 continue
+            self._again = self._again and answer is None
             if answer is not None and answer.kind == "error":
                 _logger.warning("follower %s was refused: %s", self._who, printable(answer.error, 1000))
                 self._window = Window()
@@ -178,6 +194,7 @@ class FollowSession:
                 self._window,
                 closing,
                 self._line.job,
+                self._unsettled if self._again else {},
             )
         )
         self.asked += 1

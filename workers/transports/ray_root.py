@@ -144,7 +144,8 @@ class RootServer:
             raise ProtocolError(msg)
         if ask.job != self._job:  # a name that another job's actor has, which the ranks of this one will replace
             return Answer(self.incarnation, "stranger")
-        await asyncio.to_thread(Partials().add_windows, [(0, ask.window)])  # refused here, it harms nobody's round
+        for window in (ask.window, *ask.earlier.values()):  # refused here, it harms nobody's round
+            await asyncio.to_thread(Partials().add_windows, [(0, window)])
         self._following += 1
         try:
             until = time.monotonic() + (0 if ask.closing else _POLL_S)

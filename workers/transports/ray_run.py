@@ -329,21 +329,24 @@ class Run:
         """Take in a follower's window, and wait for an entry that it has not heard of, or for the end of the run."""
         made = ask.made if ask.run == self.key else self._standing.entries_made
         counts_as = self._counts_as(ask.session)
-        if ask.window.schema:
-            late = self._standing.entries_made > made
-            window = Followed(ask.session, ask.number, counts_as, ask.who, ask.window, late)
-            self._followed[ask.session, ask.number] = window
+        for number, came in sorted({**ask.earlier, ask.number: ask.window}.items()):
+            if not came.schema:
+                continue
+            late = number != ask.number or self._standing.entries_made > made
+            self._followed[ask.session, number] = Followed(ask.session, number, counts_as, ask.who, came, late)
             waiting = sum(one.size for one in self._followed.values())
             if waiting > MOST_WAITING_BYTES or len(self._followed) > MOST_WAITING:
-                del self._followed[ask.session, ask.number]
+                del self._followed[ask.session, number]
                 text = f"a window of follower {ask.who} is lost: {len(self._followed)} wait for a round already"
                 self._voice(text)
         while not ask.closing and not self.is_over and (self._standing.entries_made <= made or not self._entry_reply):
             await asyncio.shield(self._news)
-        made_now = self._standing.entries_made
+        made_now, merged = self._standing.entries_made, self._standing.merged.get(ask.session, -1)
         if ask.closing or made_now <= made or not self._entry_reply:
             return Answer(self._incarnation, "again", run=self.key)
-        return Answer(self._incarnation, "reply", body=self._entry_reply, run=self.key, entries_made=made_now)
+        return Answer(
+            self._incarnation, "reply", body=self._entry_reply, run=self.key, entries_made=made_now, merged=merged
+        )
 
     def _counts_as(self, session: str) -> int:
         """Return the rank that stands for a follower where an entry names one."""

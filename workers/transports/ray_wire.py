@@ -46,6 +46,9 @@ __all__ = [
 WIRE = 1
 """The version of everything in this file."""
 
+EARLIER = 4
+"""Windows that a follower keeps until they are in an entry."""
+
 KEPT = 64
 """Replies with entries that a rank keeps, until the coordinator says that they are written."""
 
@@ -141,6 +144,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
         number: of this window.
         closing: the follower goes, and waits for no entry.
         job: the Ray job that it belongs to.
+        earlier: windows that arrived, and may have gone with an actor before they were in an entry; by number.
     """
 
     wire: _Natural
@@ -152,6 +156,7 @@ class Follow(msgspec.Struct, frozen=True, tag="follow"):
     window: Window = Window()
     closing: bool = False
     job: _Id = ""
+    earlier: Annotated[dict[_Natural, Window], Meta(max_length=EARLIER)] = {}
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
@@ -226,6 +231,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
             on which all agree.
         entry_seq: of the entry in the reply, -1 if it has none.
         durable_seq, next_seq, entries_made: where the entries stand.
+        merged: the number of the follower's last window that is in an entry, -1 if that is not known.
         notices: warnings for this rank to print.
     """
 
@@ -239,6 +245,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     durable_seq: _Seq = -1
     next_seq: _Natural = 0
     entries_made: _Natural = 0
+    merged: _Seq = -1
     notices: Annotated[tuple[_Text, ...], Meta(max_length=64)] = ()
     name: _Short = ""
     error: _Text = ""
