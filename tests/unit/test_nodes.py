@@ -78,7 +78,7 @@ def agreed(names: Sequence[str], shapes: Sequence[str]) -> list[Any]:
 
     def ask(rank: int) -> None:
         try:
-            found[rank] = agree(store, "here", rank, len(names), node=names[rank], shape=shapes[rank])
+            found[rank] = agree(store, "here", rank, len(names), node=names[rank], shape=shapes[rank], timeout_s=20)
         except LogsyncError as error:
             found[rank] = error
 
@@ -138,4 +138,4 @@ def test_an_answer_that_no_root_gives_is_an_error_and_allocates_nothing(key: str
     store.set(key, value)
 
     with pytest.raises(CollectiveSetupError, match=said):
-        agree(store, "here", 1, 2, node="a", shape="tree")
+        agree(store, "here", 1, 2, node="a", shape="tree", timeout_s=20)

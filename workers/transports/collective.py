@@ -167,8 +167,11 @@ class CollectiveTransport:
         store, nodes = _default_store(), flat(self.world_size)
         prefix = _unique_prefix(self._members)
         if store is not None and self.world_size > 1:
-            node = node_name(dist.get_rank())
-            nodes = agree(store, prefix, self.rank, self.world_size, node=node, shape=self._shape)
+            # A client of our own: who waits with the training's holds up what else uses it.
+            client, node = store.clone() if hasattr(store, "clone") else store, node_name(dist.get_rank())
+            nodes = agree(
+                client, prefix, self.rank, self.world_size, node=node, shape=self._shape, timeout_s=self._timeout_s
+            )
         ways: list[Way] = []
         try:
             for stage in stages(nodes, self.rank):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from itertools import groupby
 from typing import Annotated, Any, NamedTuple
 
@@ -109,23 +110,29 @@ class _Agreed(msgspec.Struct, frozen=True, array_like=True):
     ranks: tuple[int, ...] = ()
 
 
-def agree(store: Any, prefix: str, rank: int, world_size: int, *, node: str, shape: str) -> Nodes:
+def agree(store: Any, prefix: str, rank: int, world_size: int, *, node: str, shape: str, timeout_s: float) -> Nodes:
     """Return the nodes, the same on all ranks, which all call this; waits for them through the job's store.
 
     The store gets one value of each rank and hands each the answer: its work grows with the ranks, not their square.
 
     Args:
-        store: torch's, of the job; used as `torch.distributed.new_group` uses it, before any round.
+        store: a client of the job's store, used by nobody else: it is blocked while ranks are missing.
         prefix: tells this log's agreement from others.
         node: this rank's node.
         shape: one of SHAPES.
+        timeout_s: how long to wait for the last rank; the store's own timeout is the training job's.
 
     Raises:
         ConfigMismatch: the ranks ask for different shapes.
     """
+    patience = timedelta(seconds=timeout_s)
     store.set(f"{prefix}/{rank}", _encoded(_Asked(node[:400], shape)))
     if rank == 0:
-        store.set(f"{prefix}/nodes", _encoded(_decide(store, prefix, world_size)))
+        keys = [f"{prefix}/{rank}" for rank in range(world_size)]
+        store.wait(keys, patience)
+        found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+        store.set(f"{prefix}/nodes", _encoded(_decide([_decoded(one, _Asked) for one in found])))
+    store.wait([f"{prefix}/nodes"], patience)
     agreed = _decoded(store.get(f"{prefix}/nodes"), _Agreed)
     if agreed.refusal:
         raise ConfigMismatch(printable(agreed.refusal, 400), ranks=agreed.ranks)
@@ -136,10 +143,8 @@ def agree(store: Any, prefix: str, rank: int, world_size: int, *, node: str, sha
     return tree([str(number) for number, length in agreed.runs for _ in range(length)])
 
 
-def _decide(store: Any, prefix: str, world_size: int) -> _Agreed:
-    keys = [f"{prefix}/{rank}" for rank in range(world_size)]
-    found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
-    asked = [_decoded(one, _Asked) for one in found]
+def _decide(asked: Sequence[_Asked]) -> _Agreed:
+    world_size = len(asked)
     shape = asked[0].shape
     others = tuple(rank for rank, one in enumerate(asked) if one.shape != shape)
     if others:
