@@ -103,6 +103,7 @@ def as_lists(nodes: Nodes) -> list[list[int]]:
         (["a", "a", "b"], "auto", [[0, 1, 2]]),  # too few for a tree
         (["a", "a", "a"], "tree", [[0, 1, 2]]),
         (["a", "b", "c"], "tree", [[0, 1, 2]]),  # a rank per node: there is nobody to gather from
+        ([*"aaaaaaaa", *"bcdefghi"], "tree", [list(range(16))]),  # nine times eight places for sixteen ranks
     ],
 )
 def test_all_ranks_agree_on_the_nodes(names: list[str], shape: str, nodes: list[list[int]]) -> None:

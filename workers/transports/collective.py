@@ -167,10 +167,14 @@ class CollectiveTransport:
         store, nodes = _default_store(), flat(self.world_size)
         prefix = _unique_prefix(self._members)
         if store is not None and self.world_size > 1:
-            # A client of our own: who waits with the training's holds up what else uses it.
-            client, node = store.clone() if hasattr(store, "clone") else store, node_name(dist.get_rank())
             nodes = agree(
-                client, prefix, self.rank, self.world_size, node=node, shape=self._shape, timeout_s=self._timeout_s
+                _own_client(store),
+                prefix,
+                self.rank,
+                self.world_size,
+                node=node_name(dist.get_rank()),
+                shape=self._shape,
+                timeout_s=self._timeout_s,
             )
         ways: list[Way] = []
         try:
@@ -205,6 +209,14 @@ def _unique_prefix(members: list[int] | None) -> str:
     ranks = "all" if members is None else hashlib.sha256(repr(members).encode()).hexdigest()[:16]
     _connected[ranks] = _connected.get(ranks, 0) + 1
     return f"logsync/connect/{ranks}/{_connected[ranks]}"
+
+
+def _own_client(store: Any) -> Any:
+    """Return a client of our own: who waits with the training's holds up what else uses it."""
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError, NotImplementedError):  # not every kind, in every torch
+        return store
 
 
 def _default_store() -> Any:

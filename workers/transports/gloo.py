@@ -109,7 +109,7 @@ class Wire:
         self._slots = slots(nodes)
         self._timeout_s = timeout_s
         self._root = root
-        self._limit = min(MAX_FRAME, max(2**16, _ROOT_MEMORY // len(self._slots)))
+        self._limit = min(MAX_FRAME, max(2**16, _ROOT_MEMORY // (max(self._slots) + 1)))
         self._spare_rounds = 0
         self._resize(_FIRST_SLOT)
 

@@ -26,6 +26,8 @@ SHAPES = ("auto", "flat", "tree")
 TREE_FROM = 256
 """The world size from which on "auto" is a tree. A process may often have 1,024 files open, and training needs some."""
 
+_MOST_ROOM = 4  # times the ranks
+
 Nodes = Sequence[Sequence[int]]
 """The ranks by node, in order of their first ranks; rank 0 is the first of the first."""
 
@@ -154,7 +156,13 @@ def _decide(asked: Sequence[_Asked]) -> _Agreed:
         )
         return _Agreed((), msg, others[:16])
     nodes = tree([one.node for one in asked])
-    if not 1 < len(nodes) < world_size or shape == "flat" or (shape == "auto" and world_size < TREE_FROM):
+    widest = max(map(len, nodes))
+    if (
+        not 1 < len(nodes) < world_size
+        or len(nodes) * widest > _MOST_ROOM * world_size  # every node has as much room as the largest
+        or shape == "flat"
+        or (shape == "auto" and world_size < TREE_FROM)
+    ):
         nodes = flat(world_size)
     number = {rank: at for at, node in enumerate(nodes) for rank in node}
     runs = groupby(number[rank] for rank in range(world_size))
