@@ -168,7 +168,7 @@ class CollectiveTransport:
         prefix = _unique_prefix(self._members)
         if store is not None and self.world_size > 1:
             nodes = agree(
-                _own_client(store),
+                store,
                 prefix,
                 self.rank,
                 self.world_size,
@@ -209,14 +209,6 @@ def _unique_prefix(members: list[int] | None) -> str:
     ranks = "all" if members is None else hashlib.sha256(repr(members).encode()).hexdigest()[:16]
     _connected[ranks] = _connected.get(ranks, 0) + 1
     return f"logsync/connect/{ranks}/{_connected[ranks]}"
-
-
-def _own_client(store: Any) -> Any:
-    """Return a client of our own: who waits with the training's holds up what else uses it."""
-    try:
-        return store.clone()
-    except (AttributeError, RuntimeError, NotImplementedError):  # not every kind, in every torch
-        return store
 
 
 def _default_store() -> Any:

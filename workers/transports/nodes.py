@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from itertools import groupby
 from typing import Annotated, Any, NamedTuple
 
@@ -118,23 +118,24 @@ def agree(store: Any, prefix: str, rank: int, world_size: int, *, node: str, sha
     The store gets one value of each rank and hands each the answer: its work grows with the ranks, not their square.
 
     Args:
-        store: a client of the job's store, used by nobody else: it is blocked while ranks are missing.
+        store: the job's; it is never blocked, since the training may use the same client meanwhile.
         prefix: tells this log's agreement from others.
         node: this rank's node.
         shape: one of SHAPES.
-        timeout_s: how long to wait for the last rank; the store's own timeout is the training job's.
+        timeout_s: how long to wait for the last rank.
 
     Raises:
         ConfigMismatch: the ranks ask for different shapes.
+        TimeoutError: a rank did not come.
     """
-    patience = timedelta(seconds=timeout_s)
+    until = time.monotonic() + timeout_s
     store.set(f"{prefix}/{rank}", _encoded(_Asked(node[:400], shape)))
     if rank == 0:
         keys = [f"{prefix}/{rank}" for rank in range(world_size)]
-        store.wait(keys, patience)
+        _wait(store, keys, until, world_size)
         found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
         store.set(f"{prefix}/nodes", _encoded(_decide([_decoded(one, _Asked) for one in found])))
-    store.wait([f"{prefix}/nodes"], patience)
+    _wait(store, [f"{prefix}/nodes"], until, world_size)
     agreed = _decoded(store.get(f"{prefix}/nodes"), _Agreed)
     if agreed.refusal:
         raise ConfigMismatch(printable(agreed.refusal, 400), ranks=agreed.ranks)
@@ -143,6 +144,18 @@ def agree(store: Any, prefix: str, rank: int, world_size: int, *, node: str, sha
         msg = f"rank 0 has {told} ranks on its nodes, this rank is one of {world_size}"
         raise CollectiveSetupError(msg)
     return tree([str(number) for number, length in agreed.runs for _ in range(length)])
+
+
+def _wait(store: Any, keys: list[str], until: float, world_size: int) -> None:
+    started = time.monotonic()
+    # All ranks ask one server: together, two thousand times a second at most once it takes long.
+    longest_s = max(0.01, world_size / 2000)
+    while not store.check(keys):
+        waited_s = time.monotonic() - started
+        if started + waited_s >= until:
+            msg = "not all ranks have come"
+            raise TimeoutError(msg)
+        time.sleep(min(longest_s, 0.002 + waited_s / 8))
 
 
 def _decide(asked: Sequence[_Asked]) -> _Agreed:
