@@ -124,6 +124,8 @@ class OpenWindow:
     ) -> None:
         """Fold values into the window at once. Never communicates and never waits for a device.
 
+        Sums are kept in float64; those on an MPS device, which has none, in float32 until a frame is built.
+
         Args:
             values: metric names to numbers or tensors of one element, on any device; may also be given as keywords.
             weight: how much the values count in a weighted mean, such as the samples or tokens behind them: a
