@@ -51,3 +51,16 @@ def test_sigterm_to_a_rank_that_waits_in_a_round_runs_its_handler_and_it_leaves_
             assert "at call 6, step 5, because its code raised SystemExit: 7" in failure["text"]
         assert this.release() == {0: 0, 1: 0, 2: 0, victim: 7}
         this.assert_logged_every_step()
+
+
+def test_on_a_tree_of_nodes_an_exception_on_any_rank_is_told_to_the_ranks_of_all_nodes(job: JobMaker) -> None:
+    jobs = {
+        victim: job(size=5, timeout=20, nodes=[2, 2, 1]) for victim in (0, 2, 3)
+    }  # root, a node's first, behind one
+    for victim, this in jobs.items():
+        this.deed(victim, "throw", 7)
+        this.start()
+
+    for victim, this in jobs.items():
+        this.assert_others_say("PeerFailed", victim, at_once=True)
+        assert this.release() == dict.fromkeys(range(5), 0)
