@@ -101,11 +101,19 @@ def switch() -> Iterator[Switch]:
         made.remove()
 
 
-@pytest.mark.parametrize(("victim", "error"), [(2, "RoundTimeout"), pytest.param(0, "CoordinatorLost", marks=SLOW)])
+@pytest.mark.parametrize(
+    ("victim", "error", "nodes"),
+    [
+        (2, "RoundTimeout", []),
+        pytest.param(0, "CoordinatorLost", [], marks=SLOW),
+        pytest.param(1, "RoundTimeout", [1, 2], marks=SLOW),  # the first rank of its node
+        pytest.param(2, "RoundTimeout", [1, 2], marks=SLOW),  # behind it
+    ],
+)
 def test_a_rank_whose_network_is_cut_off_is_named_by_all_others_and_does_not_hang_itself(
-    switch: Switch, job: JobMaker, victim: int, error: str
+    switch: Switch, job: JobMaker, victim: int, error: str, nodes: list[int]
 ) -> None:
-    this = job(network=(switch.address, [(switch.space(rank), "eth0") for rank in range(3)]))
+    this = job(network=(switch.address, [(switch.space(rank), "eth0") for rank in range(3)]), nodes=nodes)
     this.deed(victim, "wait", drawn("cut").randint(3, 30))
     this.start()
     this.wait(victim, "fault")
